@@ -1,0 +1,95 @@
+"""Backbones: frozen networks as folds over named sites. Shape letters are the same in the whole library:
+
+B batch, T tokens, D width, H attention heads, L blocks, C classes, R rank, P prompts, N features, K parallel heads.
+"""
+import dataclasses
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from transferlab.backbones.spec import ViTSpec
+from transferlab.backbones.vit import ViT, ignore
+
+MODULES = {"vit": ViT}
+
+
+class Backbone(NamedTuple):
+  """A network ready to be called.
+
+  Fields:
+    spec: its shape, as plain data.
+    init: rng -> params, random weights.
+    apply: (params, inputs, visit, carry, *, start=0, remat_from=None) -> (features [B, D], carry). `inputs` are normalised
+      images [B, S, S, 3], or with start > 0 the tokens [B, T, D] that enter that block. Blocks from `remat_from` on are
+      recomputed in the backward pass.
+  """
+  spec: Any
+  init: Callable
+  apply: Callable
+
+
+def build(spec, dtype=jnp.float32) -> Backbone:
+  """The backbone of a spec, computing in `dtype` (parameters are cast on use)."""
+  module = MODULES[spec.family](spec, dtype)
+  image = jax.ShapeDtypeStruct((1, *image_shape(spec)), jnp.float32)
+
+  def init(rng):
+    return module.init(rng, jnp.zeros(image.shape, image.dtype))["params"]
+
+  def apply(params, inputs, visit=ignore, carry=(), *, start=0, remat_from=None):
+    return module.apply({"params": params}, inputs, visit, carry, start=start, remat_from=remat_from)
+
+  return Backbone(spec, init, apply)
+
+
+def image_shape(spec) -> tuple[int, int, int]:
+  return spec.image_size, spec.image_size, 3
+
+
+def abstract_params(spec):
+  """Shapes and dtypes of a backbone's parameters, nothing computed."""
+  return jax.eval_shape(build(spec).init, jax.random.key(0))
+
+
+def sites(spec, batch: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+  """Every site of a backbone in order, with the shape of what it puts out; sites without a value are left out."""
+  def run(params, images):
+    return build(spec).apply(params, images, record, {})[1]
+  names = []
+  def record(carry, site, y, x):
+    del x
+    if y is None:
+      return carry, y
+    names.append(site)
+    return {**carry, site: y}, y
+  shapes = jax.eval_shape(run, abstract_params(spec), jax.ShapeDtypeStruct((batch, *image_shape(spec)), jnp.float32))
+  return {name: shapes[name] for name in names}
+
+
+_SIZES = {  # width, depth, heads, MLP width: Dosovitskiy et al. 2021 table 1; Ti, S: Touvron et al. 2021; g, G: Zhai et al. 2022 table 2
+  "ti": (192, 12, 3, 768), "s": (384, 12, 6, 1536), "b": (768, 12, 12, 3072), "l": (1024, 24, 16, 4096),
+  "h": (1280, 32, 16, 5120), "g": (1408, 40, 16, 6144), "G": (1664, 48, 16, 8192),
+}
+
+
+def _vit(name: str, size: str, patch: int, image_size: int = 224) -> ViTSpec:
+  width, depth, heads, mlp_width = _SIZES[size]
+  return ViTSpec(name, image_size, patch, width, depth, heads, mlp_width)
+
+
+# "vit_g14" and "vit_G14" differ by case in the literature; file systems and shells do not all keep it, so G is "gigantic" here, as in timm.
+ARCHITECTURES: dict[str, Any] = {name: _vit(name, size, patch) for name, size, patch in (
+    ("vit_ti16", "ti", 16), ("vit_s16", "s", 16), ("vit_s32", "s", 32), ("vit_b16", "b", 16), ("vit_b32", "b", 32),
+    ("vit_b8", "b", 8), ("vit_l16", "l", 16), ("vit_l32", "l", 32), ("vit_h14", "h", 14), ("vit_h16", "h", 16),
+    ("vit_g14", "g", 14), ("vit_gigantic14", "G", 14))}
+ARCHITECTURES["vit_tiny_test"] = ViTSpec("vit_tiny_test", 16, 4, 16, 3, 2, 32)  # small enough for tests of every config
+
+
+def architecture(name: str, **changes):
+  """The spec of a named architecture, e.g. `architecture("vit_b16", image_size=384)`; unknown names list the known ones."""
+  from transferlab.tree import nearest
+  if name not in ARCHITECTURES:
+    raise ValueError(f"backbone {name!r} is unknown; nearest: {', '.join(nearest(name, ARCHITECTURES))}; "
+                     f"all: {', '.join(ARCHITECTURES)}")
+  return dataclasses.replace(ARCHITECTURES[name], **changes)

@@ -1,0 +1,148 @@
+"""Vision Transformer as a fold over named sites (Dosovitskiy et al. 2021, arXiv 2010.11929).
+
+Every place of interest is one line, `carry, y = visit(carry, site, y, x)`: `y` is what the operation put out and `x` what
+it took in. A visitor may look, return another `y`, or hand a value on in `carry`. Sites, in order:
+
+    patch  embed  block_00/{in ln1 qkv bias proj attn mid ln2 fc1 fc2 mlp out}  block_01/…  pre_norm  norm  pooled
+
+`attn` and `mlp` are the branches as they join the residual stream (drop-path acts there); `proj` and `fc2` the same values
+as outputs of their dense layers. `bias` is the additive attention bias, None unless a visitor supplies one. A visitor at
+`pre_norm` may return [B, 1, D], which is then normalised and used as the feature.
+
+Speed on CPU decides three things here: attention runs as explicit einsums in [B, H, T, d], dense layers run on
+[B*T, D], and GELU uses erf, not erfc.
+"""
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from transferlab.backbones.spec import ViTSpec
+
+
+def ignore(carry, site, y, x):
+  """The visitor that does nothing."""
+  del site, x
+  return carry, y
+
+
+def gelu(x, form: str):
+  """GELU in the form the weights were trained with: exact ("erf"), "tanh", or CLIP's "quick"."""
+  if form == "erf":
+    return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
+  return jax.nn.gelu(x, approximate=True) if form == "tanh" else x * jax.nn.sigmoid(1.702 * x)
+
+
+def attention(qkv, heads: int, bias):
+  """Multi-head self-attention of fused projections.
+
+  Args:
+    qkv: [B, T, 3D], columns ordered q, k, v, then head.
+    heads: number of heads H.
+    bias: None, or an additive bias broadcastable to [B, H, T, T].
+
+  Returns:
+    [B, T, D], heads side by side.
+  """
+  B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+  q, k, v = qkv.reshape(B, T, 3, heads, D // heads).transpose(2, 0, 3, 1, 4)  # 3 x [B, H, T, d]
+  scores = jnp.einsum("bhqd,bhkd->bhqk", q * (D // heads) ** -0.5, k)         # [B, H, T, T]
+  if bias is not None:
+    scores = scores + bias
+  weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype)
+  return jnp.einsum("bhqk,bhkd->bhqd", weights, v).transpose(0, 2, 1, 3).reshape(B, T, D)
+
+
+class Dense(nn.Module):
+  """Linear map of the last axis, computed on a matrix."""
+  features: int
+  use_bias: bool = True
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.Dense(self.features, self.use_bias, self.dtype)
+    nn.share_scope(self, y)
+    return y(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block."""
+  spec: ViTSpec
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, carry, x, visit, block: str):
+    spec, dtype = self.spec, self.dtype
+    norm = lambda name: nn.LayerNorm(spec.norm_eps, dtype, use_fast_variance=False, name=name)
+    D = spec.width
+
+    carry, x = visit(carry, f"{block}/in", x, x)                                                   # [B, T, D]
+    h = norm("ln1")(x)
+    carry, h = visit(carry, f"{block}/ln1", h, x)                                                  # [B, T, D]
+    carry, qkv = visit(carry, f"{block}/qkv", Dense(3 * D, spec.qkv_bias, dtype, name="qkv")(h), h)  # [B, T, 3D]
+    carry, bias = visit(carry, f"{block}/bias", None, h)
+    a = attention(qkv, spec.heads, bias)                                                           # [B, T, D]
+    carry, y = visit(carry, f"{block}/proj", Dense(D, dtype=dtype, name="proj")(a), a)             # [B, T, D]
+    carry, y = visit(carry, f"{block}/attn", y, x)                                                 # [B, T, D]
+    carry, mid = visit(carry, f"{block}/mid", x + y, x)                                            # [B, T, D]
+
+    h = norm("ln2")(mid)
+    carry, h = visit(carry, f"{block}/ln2", h, mid)                                                # [B, T, D]
+    carry, f = visit(carry, f"{block}/fc1", Dense(spec.mlp_width, dtype=dtype, name="fc1")(h), h)  # [B, T, 4D]
+    g = gelu(f, spec.gelu)
+    carry, y = visit(carry, f"{block}/fc2", Dense(D, dtype=dtype, name="fc2")(g), g)               # [B, T, D]
+    carry, y = visit(carry, f"{block}/mlp", y, mid)                                                # [B, T, D]
+    return visit(carry, f"{block}/out", mid + y, mid)                                              # carry, [B, T, D]
+
+
+class ViT(nn.Module):
+  """The fold. `inputs` are normalised images [B, S, S, 3], or tokens [B, T, D] entering block `start` if start > 0."""
+  spec: ViTSpec
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, inputs, visit=ignore, carry=(), *, start: int = 0, remat_from: int | None = None):
+    spec = self.spec
+    if start:
+      x = inputs.astype(self.dtype)
+    else:
+      carry, x = self.embed(inputs.astype(self.dtype), visit, carry)  # [B, T, D]
+    for i in range(start, spec.depth):
+      checkpointed = remat_from is not None and i >= remat_from
+      block = nn.remat(Block, static_argnums=(3, 4)) if checkpointed else Block
+      name = f"block_{i:02d}"
+      carry, x = block(spec, self.dtype, name=name)(carry, x, visit, name)
+    return self.pool(x, visit, carry)
+
+  def embed(self, images, visit, carry):
+    spec, p = self.spec, self.spec.patch_size
+    B, (rows, columns), D = images.shape[0], spec.grid, spec.width
+    if images.shape[1:] != (rows * p, columns * p, 3):
+      raise ValueError(f"images have shape {images.shape}; {spec.name} takes [B, {rows * p}, {columns * p}, 3]. "
+                       "Resize them, or load the weights at their resolution (load_weights(..., image_size=...))")
+    kernel = self.param("patch_kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), (p, p, 3, D))
+    bias = self.param("patch_bias", nn.initializers.zeros, (D,))
+    x = images.reshape(B, rows, p, columns, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(B * rows * columns, p * p * 3)
+    x = (x @ kernel.reshape(-1, D).astype(x.dtype) + bias.astype(x.dtype)).reshape(B, rows * columns, D)
+    carry, x = visit(carry, "patch", x, images)                       # [B, T-1, D]
+    if spec.class_token:
+      cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, D))
+      x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, D)).astype(x.dtype), x], axis=1)
+    pos = self.param("pos", nn.initializers.normal(0.02), (1, spec.tokens, D))
+    return visit(carry, "embed", x + pos.astype(x.dtype), x)          # carry, [B, T, D]
+
+  def pool(self, x, visit, carry):
+    spec = self.spec
+    carry, x = visit(carry, "pre_norm", x, x)                         # [B, T, D] or [B, 1, D]
+    if spec.pool == "mean_before_norm" and x.shape[1] > 1:
+      x = x[:, spec.prefix_tokens:].mean(axis=1, keepdims=True)
+    norm = nn.LayerNorm(spec.norm_eps, self.dtype, use_fast_variance=False, name="norm")
+    carry, x = visit(carry, "norm", norm(x), x)                       # [B, T, D] or [B, 1, D]
+    single = x.shape[1] == 1 or spec.pool == "cls"
+    pooled = x[:, 0] if single else x[:, spec.prefix_tokens:].mean(axis=1)
+    carry, pooled = visit(carry, "pooled", pooled, x)                 # [B, D]
+    return pooled, carry
