@@ -1,0 +1,31 @@
+"""Every method under its name. A method is a function (spec, **options) -> Method; its defaults are its paper's."""
+import inspect
+
+from transferlab.method import Method
+from transferlab.methods.bitfit import bitfit
+from transferlab.methods.dtl import dtl
+from transferlab.methods.full import full
+from transferlab.methods.linear import linear
+from transferlab.methods.lora import lora
+from transferlab.tree import nearest
+
+METHODS = {"linear": linear, "full": full, "bitfit": bitfit, "lora": lora, "dtl": dtl}
+
+
+def options_of(name: str) -> dict:
+  """A method's options with their defaults."""
+  parameters = inspect.signature(METHODS[name]).parameters.values()
+  return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def build(name: str, spec, **options) -> Method:
+  """The method `name` for a backbone; unknown names and options are errors that name the nearest valid ones."""
+  if name not in METHODS:
+    raise ValueError(f"method {name!r} is unknown; nearest: {', '.join(nearest(name, METHODS))}; "
+                     f"all: {', '.join(sorted(METHODS))}")
+  known = options_of(name)
+  for option in options:
+    if option not in known:
+      hint = f"nearest: {', '.join(nearest(option, known))}; all: {', '.join(known)}" if known else "it has none"
+      raise ValueError(f"method {name!r} has no option {option!r}; {hint}")
+  return METHODS[name](spec, **options)

@@ -1,0 +1,29 @@
+"""Full fine-tuning: the backbone itself trains, starting from the frozen weights."""
+import jax
+import jax.numpy as jnp
+
+from transferlab.method import Method
+from transferlab.methods import classifier, linear
+
+
+def full(spec, *, probe_first: bool = False) -> Method:
+  """Full fine-tuning.
+
+  Args:
+    spec: the backbone's spec.
+    probe_first: train a linear probe first and start from its classifier, which keeps the pre-trained features from being
+      distorted while the classifier is still random (LP-FT, Kumar et al. 2022, arXiv 2202.10054). Two stages.
+  """
+  def method(start=None) -> Method:
+    def init(rng, frozen, num_classes):
+      head = classifier.init(rng, spec.width, num_classes) if start is None else start
+      copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+      return {"backbone": copy(frozen), "classifier": copy(head)}, {}
+
+    weights = lambda trainable, frozen: trainable["backbone"]
+    return Method(name="full", options={"probe_first": probe_first}, init=init, weights=weights, merge=weights,
+                  readout=classifier.readout, writes_from=0, frozen=False)
+
+  if not probe_first:
+    return method()
+  return linear.linear(spec)._replace(then=lambda trainable, state: method(trainable["classifier"]))

@@ -1,0 +1,43 @@
+"""Linear probe: a classifier on one activation of the frozen backbone, by default its own feature vector."""
+from transferlab.method import Method, Read, record
+from transferlab.methods import classifier
+
+
+def linear(spec, *, site: str = "pooled", tokens: str = "cls") -> Method:
+  """Linear probe.
+
+  Args:
+    spec: the backbone's spec.
+    site: what is read. "pooled" is the backbone's feature vector [B, D]; any other site, such as "block_05/out", gives
+      tokens [B, T, D'] that are reduced by `tokens`.
+    tokens: "cls" takes the class token, "mean" the mean of the patch tokens; a site without tokens ignores it.
+
+  Merges into a plain backbone with a head when it reads "pooled".
+  """
+  from transferlab.backbones import sites
+  from transferlab.tree import nearest
+  shapes = sites(spec)
+  if site not in shapes:
+    raise ValueError(f"site {site!r} is not in {spec.name}; nearest: {', '.join(nearest(site, shapes))}")
+  if tokens not in ("cls", "mean"):
+    raise ValueError(f"tokens is {tokens!r}; expected 'cls' or 'mean'")
+  prefix = spec.prefix_tokens
+  has_tokens = len(shapes[site].shape) == 3
+  if has_tokens and tokens == "cls" and (not prefix or site == "patch"):
+    raise ValueError(f"site {site!r} of {spec.name} has no class token; use tokens='mean'")
+
+  def reduce(y):  # [B, T, D'] or [B, D'] -> [B, D']
+    if not has_tokens:
+      return y
+    return y[:, 0] if tokens == "cls" else y[:, 0 if site == "patch" else prefix:].mean(axis=1)
+
+  return Method(
+      name="linear", options={"site": site, "tokens": tokens},
+      init=lambda rng, frozen, num_classes: (
+          {"classifier": classifier.init(rng, shapes[site].shape[-1], num_classes)}, {}),
+      visit=lambda trainable, ctx: record(site),
+      carry={},
+      readout=lambda trainable, features, carry, ctx: classifier.apply(trainable["classifier"], reduce(carry[site])),
+      reads={"features": Read(site, tokens if has_tokens else "tokens")},
+      writes_from=spec.depth,
+      merge=(lambda trainable, frozen: frozen) if site == "pooled" else None)
