@@ -1,14 +1,14 @@
 """Losses over a padded batch: `weight` 0 marks rows that do not count, so sums are divided by the weights' sum."""
+import jax
 import jax.numpy as jnp
 import optax
 
 
-def targets(batch: dict, num_classes: int, smoothing: float = 0.0):
-  """Target distributions [B, C]: the batch's own `soft_label` if it has one, else its smoothed labels."""
+def targets(batch: dict, num_classes: int):
+  """Target distributions [B, C]: the batch's own `soft_label` if its labels are mixed or smoothed, else one-hot labels."""
   if "soft_label" in batch:
     return batch["soft_label"]
-  one_hot = jnp.asarray(batch["label"][:, None] == jnp.arange(num_classes), jnp.float32)  # [B, C]
-  return optax.smooth_labels(one_hot, smoothing) if smoothing else one_hot
+  return jax.nn.one_hot(batch["label"], num_classes)  # [B, C]
 
 
 def cross_entropy(logits, batch: dict):

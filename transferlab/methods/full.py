@@ -26,4 +26,6 @@ def full(spec, *, probe_first: bool = False) -> Method:
 
   if not probe_first:
     return method()
-  return linear.linear(spec)._replace(then=lambda trainable, state: method(trainable["classifier"]))
+  probe = linear.linear(spec)
+  return probe._replace(name="full", options={"probe_first": True}, merge=None,
+                        then=lambda trainable, state: method(trainable["classifier"]))

@@ -1,0 +1,62 @@
+"""Preprocessing: Pillow's resize, crops, normalisation; the pixels of the Hugging Face processor."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from transferlab.backbones.spec import INTERPOLATIONS, Preprocessing
+from transferlab.data import normalise, preprocess
+
+GOLDEN = Path(__file__).resolve().parents[1] / ".." / "shared" / "golden" / "checkpoints" / "hf_vit" / "io.npz"
+
+
+def noise(height, width, seed=0):
+  return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("shape", [(50, 70), (16, 16), (9, 300)])
+def test_squash_is_pillows_resize(interpolation, shape):
+  image = noise(*shape)
+  expected = np.asarray(Image.fromarray(image).resize((32, 32), getattr(Image.Resampling, interpolation.upper())))
+  assert np.array_equal(preprocess(image, Preprocessing(32, interpolation)), expected)
+
+
+@pytest.mark.parametrize("shape, scaled", [((100, 60), (60, 36)), ((60, 100), (36, 60)), ((36, 36), (36, 36)), ((10, 25), (36, 90))])
+def test_centre_crop_is_resize_of_the_short_side_and_a_centred_cut(shape, scaled):
+  image = noise(*shape)
+  result = preprocess(image, Preprocessing(32, "bilinear", "center", 32 / 36))
+  resized = np.asarray(Image.fromarray(image).resize(scaled[::-1], Image.Resampling.BILINEAR))
+  top, left = (scaled[0] - 32) // 2, (scaled[1] - 32) // 2
+  assert np.array_equal(result, resized[top:top + 32, left:left + 32])
+
+
+def test_centre_crop_keeps_the_centre_and_the_aspect():
+  image = np.zeros((50, 200, 3), np.uint8)
+  image[:, 75:125] = 255  # a square in the middle
+  assert preprocess(image, Preprocessing(24, "nearest", "center")).min() == 255
+
+
+def test_odd_longer_side_rounds_down_as_torchvision_does():
+  image = noise(30, 45)
+  resized = np.asarray(Image.fromarray(image).resize((31, 21), Image.Resampling.BICUBIC))  # 21 * 45 / 30 = 31.5
+  assert np.array_equal(preprocess(image, Preprocessing(21, crop="center")), resized[:, 5:26])
+
+
+def test_normalise():
+  p = Preprocessing(2, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+  images = noise(4, 4)[None]
+  expected = (images.astype(np.float64) / 255 - np.array(p.mean)) / np.array(p.std)
+  result = normalise(images, p)
+  assert result.dtype == np.float32
+  np.testing.assert_allclose(result, expected, atol=1e-6)
+  assert normalise(np.array([[[0, 255, 127]]]), Preprocessing(1))[0, 0, :2].tolist() == [-1, 1]
+
+
+@pytest.mark.skipif(not GOLDEN.is_file(), reason="goldens are not beside this checkout (../shared/golden)")
+def test_equals_the_hugging_face_processor():
+  golden = np.load(GOLDEN)
+  p = Preprocessing(32, "bilinear")
+  images = normalise(np.stack([preprocess(image, p) for image in golden["raw_uint8_nhwc"]]), p)
+  np.testing.assert_allclose(images.transpose(0, 3, 1, 2), golden["images"], atol=1e-6)

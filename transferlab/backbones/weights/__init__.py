@@ -1,0 +1,188 @@
+"""Pretrained weights: files of Google, timm, Hugging Face and our own, as parameters of a backbone of ours.
+
+    weights = load_weights("vit_formula64")                                   # bundled
+    weights = load_weights("B_16.npz", architecture="vit_b16", image_size=384)
+    weights = load_weights("hf:timm/vit_base_patch16_224.augreg_in21k")       # with the [hub] extra
+    features, _ = build(weights.spec).apply(weights.params, images)           # images as weights.preprocessing says
+
+Every file is read without torch and without pickle (`files.py`), its layout recognised by names and its variant
+inferred from shapes (`layouts.py`), its parameters renamed by tables that also serve the way back (`names.py`).
+
+GELU: Google's own code computes the tanh form; timm, and with it most adaptation papers, runs the same files with the
+exact one. Exact is the default; `gelu="tanh"` gives what Google's code gives.
+"""
+import dataclasses
+import hashlib
+import logging
+from typing import NamedTuple
+
+import numpy as np
+
+from transferlab import backbones
+from transferlab.backbones.spec import Preprocessing, ViTSpec
+from transferlab.backbones.weights import files, layouts, names, preprocess
+from transferlab.backbones.weights.export import export_timm, save_weights
+from transferlab.backbones.weights.files import WeightsError
+from transferlab.backbones.weights.locate import Origin, locate
+from transferlab.backbones.weights.positions import resample_positions
+from transferlab.tree import difference, flatten, unflatten
+
+__all__ = ["Weights", "WeightsError", "export_timm", "load_weights", "resample_positions", "save_weights",
+           "weights_hash"]
+
+log = logging.getLogger(__name__)
+
+
+class Weights(NamedTuple):
+  """A backbone's parameters and what belongs to them.
+
+  Fields:
+    spec: the network they fit.
+    params: nested dict of float32 numpy arrays, named as in `backbones/vit.py`.
+    head: the file's classifier {"kernel": [D, C], "bias": [C]}, or None. The original ImageNet-21k release adds
+      "pre_logits" {"kernel": [D, D], "bias": [D]}: logits = tanh(features @ kernel + bias) @ head.
+    preprocessing: how pixels become the input.
+    name: zoo name, or the file's or folder's.
+    source: where they came from, for logs; never an absolute path.
+    hash: `weights_hash` of the parameters as loaded, before any resampling of positions.
+  """
+  spec: ViTSpec
+  params: dict
+  head: dict | None
+  preprocessing: Preprocessing
+  name: str
+  source: str
+  hash: str
+
+
+def load_weights(source, *, architecture: str | None = None, image_size: int | None = None,
+                 preprocessing: Preprocessing | None = None, heads: int | None = None, gelu: str | None = None,
+                 download: bool = False) -> Weights:
+  """Loads pretrained weights.
+
+  Args:
+    source: a zoo name, a .npz or .safetensors file, a folder of Hugging Face or timm (config.json, model.safetensors or
+      its shards, preprocessor_config.json), or "hf:owner/name", "hf:owner/name@revision".
+    architecture: what the file must be, e.g. "vit_b16"; None takes what it is.
+    image_size: resolution to run at; another than the file's resamples the position table (`positions.py`).
+    preprocessing: used instead of the one beside the weights.
+    heads: attention heads, where neither the file nor a known width tells them.
+    gelu: "erf" or "tanh" instead of the layout's form.
+    download: whether a zoo name may be fetched from the network; "hf:…" is a request to fetch in itself.
+
+  Raises:
+    WeightsError: no such source; a damaged, malicious or unknown file; another variant than asked for; parameters
+      missing, unexpected or mis-shaped. One line, naming the file.
+  """
+  origin = locate(source, download)
+  try:
+    return _load(origin, architecture, image_size, preprocessing, heads, gelu)
+  except ValueError as error:
+    known = isinstance(error, WeightsError) and str(error).startswith((origin.path.name, origin.name))
+    raise error if known else WeightsError(f"{origin.name}: {error}") from error
+
+
+def _load(origin: Origin, wanted, image_size, preprocessing, heads, gelu) -> Weights:
+  layout = layouts.recognise(*_read(origin), origin.config, origin.preprocessor)
+  asked = [backbones.architecture(name) for name in (wanted, origin.entry and origin.entry.architecture) if name]
+  if heads is None and asked and "heads" not in layout.facts:
+    heads = _heads_of(layout, asked[0])
+  spec = layouts.infer(layout, heads, gelu)
+  for other in asked:
+    _check_variant(origin.path.name, spec, other)
+  params, head = _convert(layout, spec)
+  digest = weights_hash(params, spec)
+  if origin.entry and origin.entry.hash and origin.entry.hash != digest:
+    raise WeightsError(f"the hash is {digest[:16]}…; the zoo's {origin.name} has {origin.entry.hash[:16]}…: these are "
+                       "other weights, or a damaged file: fetch it again")
+  preprocessing = _preprocessing(origin, layout, spec, image_size, preprocessing)
+  if preprocessing.image_size != spec.image_size:
+    log.info("%s: positions resampled from %d to %d px", origin.name, spec.image_size, preprocessing.image_size)
+    spec = spec.at_resolution(preprocessing.image_size)
+    params["pos"] = resample_positions(params["pos"], spec.grid[0], spec.prefix_tokens)
+  log.info("%s: %s, %s layout, %s; hash %s", origin.name, spec.name, layout.name, preprocessing.describe(), digest[:12])
+  source = f"{origin.source} ({layout.source})" if layout.source else origin.source
+  return Weights(spec, params, head, preprocessing, origin.name, source, digest)
+
+
+def weights_hash(params: dict, spec: ViTSpec) -> str:
+  """SHA-256 (hex) of a backbone: names, shapes and float32 bytes in order of names, and what shapes do not show.
+
+  The same weights hash equal from every layout; another GELU form, epsilon, pooling or number of heads differs.
+  """
+  facts = f"{spec.family} eps={spec.norm_eps!r} gelu={spec.gelu} pool={spec.pool} heads={spec.heads}"
+  digest = hashlib.sha256(facts.encode())
+  for name, value in sorted(flatten(params).items()):
+    value = np.ascontiguousarray(value, np.float32)
+    digest.update(f"\n{name} {list(value.shape)}\n".encode())
+    digest.update(value.data.cast("B") if value.size else b"")
+  return digest.hexdigest()
+
+
+def _read(origin: Origin):
+  if origin.path.suffix == ".npz":
+    return files.read_npz(origin.path, layouts.google_parameters), {}
+  return files.read_sharded(origin.path) if origin.path.suffix == ".json" else files.read_safetensors(origin.path)
+
+
+def _heads_of(layout: layouts.Layout, asked: ViTSpec) -> int | None:
+  """The asked architecture's heads, if the file has its width: heads show in no shape of theirs."""
+  return asked.heads if layouts.width(layout) == asked.width else None
+
+
+def _check_variant(file: str, spec: ViTSpec, asked: ViTSpec):
+  sizes = lambda s: f"width {s.width}, {s.depth} blocks, {s.heads} heads, MLP {s.mlp_width}, patch {s.patch_size}"
+  if sizes(spec) != sizes(asked):
+    raise WeightsError(f"{file} is a {layouts.variant(spec)} ({sizes(spec)}); you asked for {asked.name} "
+                       f"({sizes(asked)})")
+
+
+def _convert(layout: layouts.Layout, spec: ViTSpec) -> tuple[dict, dict | None]:
+  shapes = {name: leaf.shape for name, leaf in flatten(backbones.abstract_params(spec)).items()}
+  rules = {name: rule for name, rule in names.expand(layout.rules, spec.depth).items() if name in shapes}
+  expected = names.foreign_shapes(rules, shapes, spec.heads)
+  head_rules, head_expected = _head(layout, spec)
+  if problem := difference(layout.arrays, expected | head_expected):
+    raise WeightsError(f"the parameters are not those of a {spec.name} in {layout.name}'s layout: {problem}"
+                       f"{layouts.hint(n for n in layout.arrays if n not in expected)}")
+  if counters := [f"{n} {a.dtype}" for n, a in layout.arrays.items() if a.dtype != np.float32]:
+    raise WeightsError(f"expected floating-point parameters; found {', '.join(counters[:3])} (quantised files are not "
+                       "supported)")
+  if layout.ignored:
+    log.info("left out, as no backbone uses them here: %s", ", ".join(layout.ignored))
+  head = unflatten(names.to_native(head_rules, layout.arrays)) or None
+  return unflatten(names.to_native(rules, layout.arrays)), head
+
+
+def _head(layout: layouts.Layout, spec: ViTSpec):
+  """The rules and shapes of the classifier a file has; a part without the others counts as missing."""
+  rules = names.expand(names.HEADS[layout.name], 0)
+  shape = lambda name: getattr(layout.arrays.get(rules[name].foreign[0]) if name in rules else None, "shape", None)
+  pre, bias = shape("pre_logits/bias"), shape("bias")
+  if not any(shape(name) for name in rules):
+    return {}, {}
+  width = pre[0] if pre else spec.width
+  classes = bias[0] if bias else (shape("kernel") or (0,))[0 if layout.name in ("timm", "huggingface") else -1]
+  shapes = {"kernel": (width, classes), "bias": (classes,)}
+  if any(shape(name) for name in rules if name.startswith("pre_logits")):
+    shapes |= {"pre_logits/kernel": (spec.width, width), "pre_logits/bias": (width,)}
+  rules = {name: rules[name] for name in shapes}
+  return rules, names.foreign_shapes(rules, shapes, spec.heads)
+
+
+def _preprocessing(origin: Origin, layout: layouts.Layout, spec: ViTSpec, image_size, given) -> Preprocessing:
+  target = spec.image_size if image_size is None else image_size
+  if target < 1 or target % spec.patch_size:
+    raise WeightsError(f"image_size is {image_size}; expected a multiple of the patch size {spec.patch_size}")
+  if given is not None:
+    if given.image_size != target:
+      raise WeightsError(f"the preprocessing given is for {given.image_size} px, the weights for {target} px; pass "
+                         f"image_size={given.image_size} to resample the position table")
+    return given
+  with layouts.stored("the preprocessing"):
+    found = origin.entry and origin.entry.preprocessing or layout.preprocessing(target)
+  if found is None:
+    found = preprocess.assumed(layout.name, target)
+    log.warning("%s: no preprocessing is stored with these weights; assumed %s's: %s. Pass preprocessing= to change it",
+                origin.name, layout.name, found.describe())
+  return dataclasses.replace(found, image_size=target)

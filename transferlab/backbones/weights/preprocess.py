@@ -1,0 +1,62 @@
+"""Preprocessing out of other libraries' configurations. It belongs to the weights, so it is read from beside them.
+
+Where a file says nothing, the convention of its layout is assumed, and the caller logs that it was:
+  google        vit_jax's evaluation: squash to S x S bilinearly, [-1, 1] (vit_jax input_pipeline.py). DTL and FacT
+                squash with PIL's bicubic instead: preprocessing=Preprocessing(S, "bicubic").
+  timm          bicubic, shorter side to S / 0.9, centre crop, mean = std = 0.5 (timm vision_transformer.py, _cfg).
+  huggingface   ViTImageProcessor's defaults: squash bilinearly, mean = std = 0.5.
+"""
+import math
+
+from transferlab.backbones.spec import CROPS, Preprocessing
+from transferlab.backbones.weights.files import WeightsError
+
+_PIL_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # PIL.Image.Resampling, by value
+
+
+def assumed(layout: str, image_size: int) -> Preprocessing:
+  """The convention of a layout, for files that carry none."""
+  if layout == "timm":
+    return Preprocessing(image_size, "bicubic", "center", 0.9)
+  return Preprocessing(image_size, "bilinear" if layout in ("google", "huggingface") else "bicubic")
+
+
+def from_timm(config: dict, image_size: int) -> Preprocessing | None:
+  """Of a timm hub `config.json` (`pretrained_cfg`, in old files the fields themselves); None without mean and std.
+
+  timm resizes the shorter side to floor(S / crop_pct) and cuts the centre.
+  """
+  config = config.get("pretrained_cfg") or config
+  if "mean" not in config or "std" not in config:
+    return None
+  mode = config.get("crop_mode") or "center"
+  fraction = float(config.get("crop_pct") or 0.875)  # timm's DEFAULT_CROP_PCT
+  if mode not in CROPS or (mode == "squash" and fraction < 1):
+    raise WeightsError(f"timm's crop_mode {mode!r} with crop_pct {fraction:g} is not supported; pass preprocessing=")
+  return Preprocessing(image_size, config.get("interpolation") or "bicubic", mode, fraction,
+                       tuple(map(float, config["mean"])), tuple(map(float, config["std"])))
+
+
+def from_huggingface(config: dict, image_size: int) -> Preprocessing:
+  """Of a Hugging Face `preprocessor_config.json`; fields that it leaves out have ViTImageProcessor's defaults."""
+  factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1
+  if not math.isclose(factor, 1 / 255, rel_tol=1e-4):
+    raise WeightsError(f"preprocessor_config.json rescales by {factor}; expected 1/255: pass preprocessing=")
+  code = config.get("resample", 2)
+  if not isinstance(code, int) or not 0 <= code < len(_PIL_FILTERS):
+    raise WeightsError(f"preprocessor_config.json has resample {code!r}; expected one of PIL's codes, 0 to 5")
+  mean, std = ((0, 0, 0), (1, 1, 1)) if not config.get("do_normalize", True) else (
+      config.get("image_mean", (0.5,) * 3), config.get("image_std", (0.5,) * 3))
+  size, crop, fraction = config.get("size"), "squash", 1.0
+  if isinstance(size, dict) and "shortest_edge" in size:
+    crop_size = config.get("crop_size", size["shortest_edge"])
+    crop_size = crop_size.get("height") if isinstance(crop_size, dict) else crop_size
+    crop, fraction = "center", crop_size / size["shortest_edge"]
+  return Preprocessing(image_size, _PIL_FILTERS[code], crop, fraction, tuple(map(float, mean)), tuple(map(float, std)))
+
+
+def to_timm(preprocessing: Preprocessing) -> dict:
+  """timm's `pretrained_cfg` of a Preprocessing; inverse of `from_timm`."""
+  return {"input_size": [3, preprocessing.image_size, preprocessing.image_size], "fixed_input_size": True,
+          "interpolation": preprocessing.interpolation, "crop_pct": preprocessing.crop_fraction,
+          "crop_mode": preprocessing.crop, "mean": list(preprocessing.mean), "std": list(preprocessing.std)}

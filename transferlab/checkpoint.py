@@ -1,0 +1,152 @@
+"""What a run leaves on disk: checkpoints to resume from (orbax) and the adapter, one small safetensors file.
+
+An adapter holds trainable and state as `trainable/…` and `state/…` arrays, and a JSON header that says how to rebuild the
+method, which backbone it belongs to (by hash), the preprocessing, the class names and where it comes from. Reading one
+executes nothing; every name, shape and field is checked.
+"""
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
+
+from transferlab import backbones, methods, tree
+from transferlab.backbones.spec import Preprocessing, ViTSpec
+from transferlab.backbones.weights import Weights
+from transferlab.files import atomic
+from transferlab.method import Method
+
+FORMAT = 1
+SPECS = {"vit": ViTSpec}
+
+
+def versions() -> dict:
+  """Versions of what computed a result."""
+  return {name: metadata.version(name) for name in ("transferlab", "jax", "flax", "optax", "numpy")}
+
+
+# --- Checkpoints ---------------------------------------------------------------------------------------------------
+
+class Checkpoints:
+  """The last two checkpoints of a run. A save that is cut short leaves the ones before it untouched."""
+
+  def __init__(self, folder):
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    self.manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+
+  def save(self, step: int, arrays, notes: dict) -> None:
+    """Saves a pytree of arrays and a dict of plain data."""
+    self.manager.save(step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), notes=ocp.args.JsonSave(notes)))
+
+  def restore(self, like):
+    """(step, arrays, notes) of the newest checkpoint, or None; `like` gives structure, shapes and shardings."""
+    step = self.manager.latest_step()
+    if step is None:
+      return None
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    found = self.manager.restore(step, args=ocp.args.Composite(
+        arrays=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore()))
+    return step, found["arrays"], found["notes"]
+
+  def close(self) -> None:
+    self.manager.close()
+
+
+# --- Adapters ------------------------------------------------------------------------------------------------------
+
+class Adapter(NamedTuple):
+  """A trained method, without its backbone."""
+  method: Method
+  trainable: dict
+  state: dict
+  class_names: tuple
+  preprocessing: Preprocessing
+  backbone: dict  # name, source, hash, spec
+  header: dict    # everything the file says of itself
+
+
+def save_adapter(path, method: Method, trainable, state, *, weights: Weights, class_names, notes: dict | None = None) -> None:
+  """Writes an adapter, whole or not at all.
+
+  Args:
+    path: of the file, "….safetensors".
+    class_names: names of the classifier's columns.
+    notes: more plain data to keep with it: task, split hash, recipe, scores.
+  """
+  header = {
+      "format": FORMAT, "method": method.name, "options": method.options, "class_names": list(class_names),
+      "backbone": {"name": weights.name, "source": weights.source, "hash": weights.hash, "spec": weights.spec.to_dict()},
+      "preprocessing": weights.preprocessing.to_dict(), "versions": versions(), **(notes or {})}
+  arrays = tree.flatten({"trainable": trainable, "state": state})
+  arrays = {name: np.ascontiguousarray(np.asarray(leaf)) for name, leaf in arrays.items()}
+  with atomic(path) as temporary:
+    Path(temporary).write_bytes(safetensors.numpy.save(arrays, {"transferlab": json.dumps(header)}))
+
+
+def load_adapter(path) -> Adapter:
+  """Reads an adapter file and rebuilds its method.
+
+  Raises:
+    ValueError: not an adapter, cut, made by a later format, or its arrays do not fit its method.
+  """
+  path = Path(path)
+  if not path.is_file():
+    raise ValueError(f"{path}: no such file; expected the adapter.safetensors that training writes into its workdir")
+  try:
+    with safetensors.safe_open(path, "np") as file:
+      text = (file.metadata() or {}).get("transferlab")
+      arrays = {name: file.get_tensor(name) for name in file.keys()}
+  except (safetensors.SafetensorError, OSError) as error:
+    raise ValueError(f"{path} is not a readable safetensors file ({error}); it may be cut, copy or train it again") from None
+  header = _parse_header(path, text)
+  spec = SPECS[header["backbone"]["spec"]["family"]](**header["backbone"]["spec"])
+  method = methods.build(header["method"], spec, **header["options"])
+  while method.then:  # what was saved is the last stage
+    method = method.then({"classifier": None}, {})
+  found = tree.unflatten(arrays)
+  trainable, state = found.get("trainable", {}), found.get("state", {})
+  expected = jax.eval_shape(lambda rng, frozen: method.init(rng, frozen, len(header["class_names"])), jax.random.key(0),
+                            backbones.abstract_params(spec)) if "classifier" in trainable else None
+  problem = "no classifier" if expected is None else tree.difference(
+      arrays, tree.flatten({"trainable": expected[0], "state": expected[1]}))
+  if problem:
+    raise ValueError(f"{path} does not fit method {method.name!r} on {spec.name}: {problem}; the file is damaged or not "
+                     "written by this library, train again")
+  return Adapter(method, trainable, state, tuple(header["class_names"]), Preprocessing.from_dict(header["preprocessing"]),
+                 header["backbone"], header)
+
+
+def _parse_header(path, text) -> dict:
+  fields = {"format": int, "method": str, "options": dict, "class_names": list, "backbone": dict, "preprocessing": dict}
+  try:
+    header = json.loads(text) if text else {}
+  except ValueError:
+    header = {}
+  if not isinstance(header, dict) or "method" not in header:
+    raise ValueError(f"{path} is not a transferlab adapter (it has no adapter header); expected the adapter.safetensors that "
+                     "training writes. Backbone weights go to --backbone")
+  bad = [name for name, kind in fields.items() if not isinstance(header.get(name), kind)]
+  if bad or header["format"] > FORMAT:
+    what = f"format {header['format']}, newer than {FORMAT}" if not bad else f"no valid {', '.join(bad)} in its header"
+    raise ValueError(f"{path} has {what}; install the version of transferlab that wrote it")
+  spec = header["backbone"].get("spec")
+  if not isinstance(spec, dict) or spec.get("family") not in SPECS:
+    raise ValueError(f"{path} belongs to an unknown family of backbones; known: {', '.join(SPECS)}")
+  return header
+
+
+def check_backbone(adapter: Adapter, weights: Weights) -> None:
+  """Refuses an adapter on weights it was not trained on."""
+  name, spec = adapter.backbone.get("name"), weights.spec.to_dict()
+  if adapter.backbone["spec"] != spec:
+    differs = [key for key in spec if adapter.backbone["spec"].get(key) != spec[key]]
+    raise ValueError(f"the adapter was trained on {name} and these weights are {weights.name}: they differ in "
+                     f"{', '.join(differs)}; give the weights it was trained on with --backbone")
+  if adapter.backbone["hash"] != weights.hash:
+    raise ValueError(f"the adapter was trained on {name} with hash {adapter.backbone['hash'][:12]} and these weights "
+                     f"({weights.name}) have {weights.hash[:12]}; give the same file with --backbone")

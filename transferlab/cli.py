@@ -1,0 +1,231 @@
+"""The `transferlab` command: every verb is a thin call into the library."""
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+USAGE = """usage: transferlab VERB [--flag=value …]      (transferlab VERB --help lists a verb's flags)
+
+  train     --config=configs/folder.py:data=folder:/images,method=dtl --workdir=runs/mine
+  eval      --adapter=runs/mine/adapter.safetensors --data=folder:/images
+  predict   --adapter=runs/mine/adapter.safetensors --out=predictions.csv image.jpg folder/
+  info      --backbone=vit_b16 --method=dtl --num_classes=100
+  convert   --backbone=weights.npz --out=weights.safetensors
+  merge     --adapter=runs/mine/adapter.safetensors --out=merged.safetensors
+  data      --data=folder:/images
+"""
+
+
+def _flags(**strings) -> flags.FlagValues:
+  """A verb's own flags; each keyword is a string flag with (default, help)."""
+  values = flags.FlagValues()
+  for name, (default, text) in strings.items():
+    define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float}.get(type(default),
+                                                                                                flags.DEFINE_string)
+    define(name, default, text, flag_values=values)
+  flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
+  return values
+
+
+def _parse(values: flags.FlagValues, argv: list[str], verb: str) -> list[str]:
+  """Positional arguments; prints help and exits if asked."""
+  rest = values(argv)[1:]
+  if values.help:
+    print(f"transferlab {verb}\n")
+    for name in values:
+      if name not in ("help", "h"):
+        print(f"  --{name}  {values[name].help} (default: {values[name].default!r})")
+    raise SystemExit(0)
+  return rest
+
+
+def _required(values, *names: str) -> None:
+  for name in names:
+    if not values[name].value:
+      raise ValueError(f"--{name} is missing: {values[name].help}")
+
+
+_BACKBONE = (None, "zoo name, weights file or folder, or hf:owner/name")
+
+
+def train(argv: list[str]) -> None:
+  from ml_collections import config_flags
+  values = _flags(workdir=("", "folder for what the run leaves"))
+  config_flags.DEFINE_config_file("config", None, "config file, with its arguments after a colon", flag_values=values)
+  rest = _parse(values, argv, "train")
+  if rest:
+    raise ValueError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
+  if values["config"].value is None:
+    raise ValueError("--config is missing: give a config file, e.g. --config=configs/folder.py:data=folder:/images")
+  _required(values, "workdir")
+  from transferlab import experiment
+  run = experiment.run(values.config, values.workdir)
+  print(run.adapter)
+
+
+def evaluate(argv: list[str]) -> None:
+  values = _flags(adapter=("", "adapter.safetensors of a run; without it the head that the weights carry is evaluated"),
+                  backbone=_BACKBONE, data=("", "what to evaluate on, e.g. folder:/images"),
+                  split=("test", "train, val, test, or all of them"), classes=("", "JSON list of the head's class names"),
+                  out=("", "folder for confusion.csv and confusion.png"), batch_size=(64, "images at once"),
+                  json=(False, "print one JSON object"))
+  _parse(values, argv, "eval")
+  _required(values, "data")
+  from transferlab import data, serve
+  from transferlab.evaluate import write_confusion
+  task = data.from_string(values.data)
+  classifier = serve.load(values.adapter or None, values.backbone, class_names=_class_names(values.classes))
+  found = serve.evaluate(classifier, task, values.split, batch_size=values.batch_size)
+  each = dict(zip(classifier.class_names, found.per_class.tolist()))
+  if values.json:
+    print(json.dumps({"accuracy": found.accuracy, "mean_per_class": found.mean_per_class, "loss": found.loss,
+                      "examples": int(found.confusion.sum()), "per_class": {k: v for k, v in each.items() if v == v}}))
+  else:
+    table = Table("class", "images", "accuracy")
+    for i, (name, value) in enumerate(each.items()):
+      table.add_row(name, str(int(found.confusion[i].sum())), f"{value:.4f}")
+    Console().print(table)
+    print(f"accuracy {found.accuracy:.4f}   mean per class {found.mean_per_class:.4f}   loss {found.loss:.4f}   "
+          f"images {int(found.confusion.sum())}")
+  if values.out:
+    print(*write_confusion(found, classifier.class_names, values.out), sep="\n")
+
+
+def _class_names(path: str):
+  if not path:
+    return None
+  names = json.loads(Path(path).read_text())
+  if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    raise ValueError(f"{path} holds {type(names).__name__}; expected a JSON list of class names in the head's order")
+  return names
+
+
+def predict(argv: list[str]) -> None:
+  values = _flags(adapter=("", "adapter.safetensors of a run"), backbone=_BACKBONE,
+                  out=("", "CSV file; standard output if empty"), top=(1, "classes per image"),
+                  batch_size=(32, "images at once"))
+  paths = _parse(values, argv, "predict")
+  _required(values, "adapter")
+  if not paths:
+    raise ValueError("no images given; name image files or folders after the flags")
+  from transferlab import data, serve
+  from transferlab.files import atomic
+  split = data.image_files(paths)
+  classifier = serve.load(values.adapter, values.backbone)
+  rows = serve.predict_files(classifier, split.keys, top=values.top, batch_size=values.batch_size)
+  def write(file):
+    writer = csv.writer(file)
+    writer.writerow(["file", "class", "probability"])
+    writer.writerows((name, label, f"{probability:.6f}") for name, label, probability in rows)
+  if values.out:
+    with atomic(values.out) as temporary, open(temporary, "w", newline="") as file:
+      write(file)
+  else:
+    write(sys.stdout)
+
+
+def info(argv: list[str]) -> None:
+  values = _flags(backbone=("vit_b16", "architecture, zoo name or weights file"), method=("", "method; all of them if empty"),
+                  options=("", "the method's options, e.g. rank=4,form=fused"), num_classes=(100, "C"),
+                  batch_size=(32, "images per step"), image_size=(0, "pixels, 0 for the backbone's own"),
+                  remat=(False, "recompute adapted blocks"), sites=(False, "list the backbone's sites with shapes"),
+                  json=(False, "print one JSON object"))
+  _parse(values, argv, "info")
+  from transferlab import inform
+  spec, preprocessing = inform.find(values.backbone, values.image_size or None)
+  if values.sites:
+    sites = {name: list(shape) for name, shape in inform.site_shapes(spec).items()}
+    if values.json:
+      print(json.dumps(sites))
+      return
+    table = Table("site", "shape [B, …]")
+    for name, shape in sites.items():
+      table.add_row(name, str(shape))
+    Console().print(table)
+    return
+  rows = inform.costs(spec, values.method or None, inform.options(values.options), values.num_classes,
+                      batch_size=values.batch_size, remat=values.remat)
+  if values.json:
+    print(json.dumps(rows[0] if values.method else rows))
+    return
+  print(f"{spec}\n{preprocessing.describe() if preprocessing else 'preprocessing comes with the weights'}")
+  table = Table("method", "trainable", "without classifier", "forward GFLOP", "train GFLOP", "peak MiB", "adapter kB")
+  for row in rows:
+    table.add_row(row["method"], f"{row['trainable']:,}", f"{row['trainable_without_classifier']:,}",
+                  f"{row['forward_flops'] / 1e9:.1f}", f"{row['train_flops'] / 1e9:.1f}",
+                  f"{row['train_peak_bytes'] / 2**20:.0f}", f"{row['adapter_bytes'] / 1e3:.0f}")
+  Console().print(table)
+  print(f"{rows[0]['frozen']:,} frozen parameters; a step of {values.batch_size} images, {values.num_classes} classes")
+
+
+def convert(argv: list[str]) -> None:
+  values = _flags(backbone=_BACKBONE, out=("", "file or folder to write"), architecture=("", "what it is expected to be"),
+                  image_size=(0, "resample the position table to this size"), download=(False, "fetch a zoo entry"))
+  _parse(values, argv, "convert")
+  _required(values, "backbone", "out")
+  from transferlab.backbones.weights import export_timm, load_weights
+  weights = load_weights(values.backbone, architecture=values.architecture or None, image_size=values.image_size or None,
+                         download=values.download)
+  export_timm(weights, values.out)
+  print(values.out)
+
+
+def merge(argv: list[str]) -> None:
+  values = _flags(adapter=("", "adapter.safetensors of a run"), backbone=_BACKBONE, out=("", "file or folder to write"),
+                  tolerance=(1e-3, "largest difference of logits allowed on a probe batch"))
+  _parse(values, argv, "merge")
+  _required(values, "adapter", "out")
+  from transferlab import serve
+  difference = serve.merge(serve.load(values.adapter, values.backbone), values.out, tolerance=values.tolerance)
+  print(f"{values.out}: largest difference of logits {difference:.2e}")
+
+
+def data_verb(argv: list[str]) -> None:
+  values = _flags(data=("", "what to check, e.g. folder:/images"))
+  _parse(values, argv, "data")
+  _required(values, "data")
+  from transferlab import data
+  from transferlab.train import readable
+  task = data.from_string(values.data)
+  for remark in task.check():
+    print(f"remark: {remark}")
+  task = readable(task, "skip", print, quiet=False)
+  print(task.describe())
+  print("\n".join(f"  {name} pixels {split.fingerprint()}" for name, split in task.splits.items()))
+
+
+VERBS = {"train": train, "eval": evaluate, "predict": predict, "info": info, "convert": convert, "merge": merge,
+         "data": data_verb}
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Runs a verb. Anything the user can mend is one line on standard error; TRANSFERLAB_TRACEBACK=1 shows where it came from."""
+  argv = list(sys.argv if argv is None else argv)
+  if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
+    print(USAGE)
+    raise SystemExit(0 if len(argv) > 1 else 2)
+  verb = argv[1]
+  try:
+    if verb not in VERBS:
+      from transferlab.tree import nearest
+      raise ValueError(f"verb {verb!r} is unknown; nearest: {nearest(verb, VERBS)[0]}; all: {', '.join(VERBS)}")
+    VERBS[verb]([f"transferlab {verb}", *argv[2:]])
+  except (ValueError, OSError, RuntimeError, AttributeError, KeyError, flags.Error) as error:
+    if os.environ.get("TRANSFERLAB_TRACEBACK"):
+      raise
+    if isinstance(error, (AttributeError, KeyError)) and "config" not in str(error):
+      raise  # a defect, not something the user wrote
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    raise SystemExit(1) from None
+  except KeyboardInterrupt:
+    print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
+    raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,24 @@
+"""Data: tasks from folders, lists, tables and arrays; checks; preprocessing; augmentation; batches.
+
+    task = image_folder("flowers")                  # or from_string("folder:flowers")
+    remarks = task.check()
+    loader = train_loader(task.splits["train"], preprocessing, batch_size=32, seed=0, augmentation="flip")
+    for batch in loader: ...                        # without end; loader.steps_per_epoch batches are an epoch
+
+Nothing in this package imports jax or TensorFlow. (grain, which the loaders import when they are made, brings jax along
+where it is installed.)
+"""
+from transferlab.data.augment import PRESETS, Augmentation
+from transferlab.data.cache import check_images
+from transferlab.data.files import decode
+from transferlab.data.image import normalise, preprocess
+from transferlab.data.lists import csv_file, list_files
+from transferlab.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
+from transferlab.data.memory import arrays, digits
+from transferlab.data.source import domain_folder, find_images, from_string, image_files, image_folder
+from transferlab.data.tasks import BadImage, DataError, Split, Task, class_weights
+
+__all__ = [
+    "PRESETS", "Augmentation", "BadImage", "DataError", "EvalLoader", "Split", "Task", "TrainLoader", "arrays",
+    "check_images", "class_weights", "csv_file", "decode", "digits", "domain_folder", "eval_loader", "find_images",
+    "from_string", "image_files", "image_folder", "list_files", "normalise", "preprocess", "train_loader"]

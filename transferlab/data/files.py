@@ -1,0 +1,87 @@
+"""From an image file to uint8 RGB pixels, with Pillow, the same on every machine.
+
+What is decided here: the EXIF orientation is applied; transparent pixels show a white background; 16-bit grey is scaled
+to 8 bit (Pillow's own conversion would clip it); the first frame stands for an animation; nothing is guessed from a
+damaged file.
+"""
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from transferlab.data.tasks import BadImage
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_PIXELS = 89_478_485  # Pillow's own bound for a "decompression bomb": 256 MiB of RGB
+
+
+def decode(path: str | os.PathLike) -> np.ndarray:
+  """Reads one image file as uint8 RGB [H, W, 3].
+
+  Raises:
+    BadImage: the file is missing, empty, not an image, cut short, too large, or of a pixel type without a meaning as
+      a picture (32-bit integers beyond 16 bit, floats).
+  """
+  try:
+    with Image.open(path) as image:
+      if image.width * image.height > MAX_PIXELS:
+        raise BadImage(f"{path}: {image.width}x{image.height} pixels; expected at most {MAX_PIXELS}; shrink the image")
+      image.load()
+      return _to_rgb(_upright(image), path)
+  except BadImage:
+    raise
+  except FileNotFoundError:
+    raise BadImage(f"{path}: no such file") from None
+  except UnidentifiedImageError:
+    raise BadImage(f"{path}: not an image ({_start_of(path)}); expected {', '.join(SUFFIXES)} content") from None
+  # Pillow's readers raise these for damaged files, SyntaxError for broken PNG and EOFError for cut TIFF among them.
+  except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, Image.DecompressionBombError) as e:
+    raise BadImage(f"{path}: cannot be decoded ({' '.join(str(e).split()) or type(e).__name__})") from None
+
+
+@dataclass(frozen=True)
+class FileReader:
+  """Row i is the image file `paths[i]`."""
+  paths: tuple[str, ...]
+
+  def __call__(self, row: int) -> np.ndarray:
+    return decode(self.paths[row])
+
+
+def is_image(name: str) -> bool:
+  """By suffix, upper case included. Hidden files, such as the `._photo.jpg` a Mac leaves behind, are none."""
+  return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+  try:
+    return ImageOps.exif_transpose(image)
+  except Exception:  # noqa: BLE001  a damaged EXIF block fails in many ways, and the pixels are fine without it
+    return image
+
+
+def _to_rgb(image: Image.Image, path: str | os.PathLike) -> np.ndarray:
+  if image.mode.startswith("I"):
+    return _grey16_to_rgb(np.asarray(image), path)
+  if image.mode == "F":
+    raise BadImage(f"{path}: pixels are floats, whose range is unknown; save the image with 8 or 16 bits")
+  if image.has_transparency_data:
+    rgba = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+  return np.array(image.convert("RGB"))  # [H, W, 3]
+
+
+def _grey16_to_rgb(grey: np.ndarray, path: str | os.PathLike) -> np.ndarray:
+  grey = grey.astype(np.int64)  # [H, W]
+  if grey.min() < 0 or grey.max() > 65535:
+    raise BadImage(f"{path}: pixels from {grey.min()} to {grey.max()}; expected 8 or 16 bits")
+  grey = ((grey + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257, to the nearest
+  return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def _start_of(path: str | os.PathLike) -> str:
+  with Path(path).open("rb") as file:
+    start = file.read(12)
+  return f"it starts with {start!r}" if start else "the file is empty"

@@ -1,0 +1,232 @@
+"""Batches for training and evaluation, on grain: order, shuffling, randomness, workers and exact resume.
+
+Every batch is a dict of numpy arrays with B = batch_size rows:
+  image        uint8 [B, S, S, 3], or float32 on the same 0..255 scale (erasing, mixup, cutmix); not normalised
+  label        int32 [B]
+  weight       float32 [B], 1, or 0 for rows that only fill up the last batch
+  index        int32 [B], row in the split that was given, -1 for filling
+  domain       int32 [B], where the split has domains
+  soft_label   float32 [B, C], with mixup, cutmix or label smoothing; 0 for filling
+The randomness of an example depends on the seed, the epoch and its place in it, and on nothing that ran before: that is
+why resuming, and any number of workers, give the same pixels.
+"""
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from transferlab.backbones.spec import Preprocessing
+from transferlab.data import cache as cache_lib
+from transferlab.data.augment import Augmentation, augment, preset
+from transferlab.data.mix import mix, smooth_one_hot
+from transferlab.data.tasks import DataError, Split
+
+Batch = dict[str, np.ndarray]
+
+
+def train_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int, seed: int,
+                 augmentation: Augmentation | str = "none", drop_last: bool = True, num_classes: int | None = None,
+                 workers: int = 0, cache: bool | str = "auto", bad_images: str = "error",
+                 progress: cache_lib.Progress | None = None) -> "TrainLoader":
+  """Batches without end, each epoch in a new order.
+
+  Args:
+    augmentation: an `Augmentation` or the name of a preset.
+    drop_last: leave out the rows that do not fill a batch (others, each epoch); otherwise the last batch is filled up.
+    num_classes: C of `soft_label`; needed only where the augmentation makes soft labels.
+    workers: processes; 0 uses threads of this one, which is enough unless heavy augmentation is the bottleneck. A
+      script that asks for workers needs the `if __name__ == "__main__":` guard.
+    cache: keep the decoded images in memory: True, False, or "auto", if they fit in 1 GiB. Preprocessed ones, or the
+      originals where a random crop needs them.
+    bad_images: "error" stops at unreadable images; "skip" leaves them out and lists them in `problems`.
+    progress: called with (done, total) during the pass that decodes all images before the first batch.
+
+  Raises:
+    DataError: a batch larger than the split (with drop_last), labels beyond num_classes, a class left without images.
+    BadImage: unreadable images, with bad_images="error".
+  """
+  augmentation = preset(augmentation) if isinstance(augmentation, str) else augmentation
+  if augmentation.soft_labels and num_classes is None:
+    raise ValueError("mixup, cutmix and label smoothing make soft labels; give num_classes")
+  if num_classes is not None and len(split) and not 0 <= split.labels.min() <= split.labels.max() < num_classes:
+    raise DataError(f"labels of split {split.name!r} run from {split.labels.min()} to {split.labels.max()}; "
+                    f"expected 0..{num_classes - 1}")
+  examples = cache_lib.load(split, None if augmentation.random_resized_crop else preprocessing, cache=cache,
+                            bad_images=bad_images, progress=progress)
+  lost = sorted(set(split.labels.tolist()) - set(examples.split.labels.tolist()))
+  if lost:
+    raise DataError(f"after leaving out {len(examples.problems)} unreadable images, class {lost[0]} of split "
+                    f"{split.name!r} has none; replace them: {examples.problems[0]}")
+  if batch_size < 1 or drop_last and batch_size > len(examples.split):
+    raise DataError(f"batch_size {batch_size} does not suit the {len(examples.split)} images of split {split.name!r}; "
+                    f"expected 1..{len(examples.split)}; lower batch_size, or use drop_last=False")
+  if not 0 <= seed < 2**32:
+    raise ValueError(f"seed is {seed}; expected a whole number from 0 to {2**32 - 1}")
+  return TrainLoader(examples, preprocessing, augmentation, batch_size, seed, drop_last, num_classes, workers)
+
+
+def eval_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int, workers: int = 0,
+                cache: bool | str = "auto", bad_images: str = "error",
+                progress: cache_lib.Progress | None = None) -> "EvalLoader":
+  """Every example once, in order, the last batch filled up; each `iter()` starts anew. Arguments as `train_loader`."""
+  if batch_size < 1:
+    raise DataError(f"batch_size is {batch_size}; expected at least 1")
+  examples = cache_lib.load(split, preprocessing, cache=cache, bad_images=bad_images, progress=progress)
+  return EvalLoader(examples, preprocessing, batch_size, workers)
+
+
+class TrainLoader:
+  """The endless iterator `train_loader` returns.
+
+  Attributes:
+    split: what is trained on: the given split without unreadable images.
+    problems: one line per unreadable image.
+    steps_per_epoch: batches in an epoch.
+  """
+
+  def __init__(self, examples: cache_lib.Examples, preprocessing: Preprocessing, augmentation: Augmentation,
+               batch_size: int, seed: int, drop_last: bool, num_classes: int | None, workers: int):
+    self.split, self.problems = examples.split, examples.problems
+    rows = _dataset(examples).seed(seed).shuffle()
+    rows = rows.random_map(_Augment(preprocessing, augmentation, _resized(examples, augmentation)))
+    batches = rows.batch(batch_size, drop_remainder=drop_last, batch_fn=_Collate(batch_size))
+    if augmentation.soft_labels:
+      batches = batches.random_map(_Mix(augmentation, num_classes))
+    self.steps_per_epoch = len(batches)
+    self._batches, self._workers = batches.repeat(), workers
+    self._identity = {"seed": seed, "batch_size": batch_size, "drop_last": drop_last, "split": self.split.hash()}
+    self._step, self._batch_iterator = 0, None
+
+  def __iter__(self) -> "TrainLoader":
+    return self
+
+  def __next__(self) -> Batch:
+    if self._batch_iterator is None:
+      # A slice, not the state of grain's iterator, which depends on the number of workers.
+      remaining = self._batches[self._step:]
+      self._batch_iterator = _iterate(remaining, self._workers)
+      self._finalizer = weakref.finalize(self, self._batch_iterator.close)
+    try:
+      batch = next(self._batch_iterator)
+    except BaseException:  # an image that became unreadable under way; asked again, the loader tries again
+      self.close()
+      raise
+    self._step += 1
+    return batch
+
+  def get_state(self) -> dict:
+    """JSON-able; `set_state` of a loader made from the same arguments continues with the next batch, bit for bit."""
+    return {**self._identity, "step": self._step}
+
+  def set_state(self, state: dict) -> None:
+    """Raises `DataError` where the state comes from other data, another seed or another batch size."""
+    for name, value in self._identity.items():
+      if state.get(name) != value:
+        raise DataError(f"the saved data position has {name} {state.get(name)!r}; this run has {value!r}; continue with "
+                        "the same data and options, or start in another workdir")
+    self.close()
+    self._step = int(state["step"])
+
+  def close(self) -> None:
+    """Ends threads and workers; the next batch starts them again."""
+    if self._batch_iterator is not None:
+      self._finalizer()
+      self._batch_iterator = None
+
+
+class EvalLoader:
+  """What `eval_loader` returns: a finite iterable with `len()` = number of batches; attributes as `TrainLoader`."""
+
+  def __init__(self, examples: cache_lib.Examples, preprocessing: Preprocessing, batch_size: int, workers: int):
+    self.split, self.problems = examples.split, examples.problems
+    nothing = Augmentation()
+    rows = _dataset(examples).seed(0).random_map(_Augment(preprocessing, nothing, _resized(examples, nothing)))
+    self._batches, self._workers = rows.batch(batch_size, batch_fn=_Collate(batch_size)), workers
+
+  def __len__(self) -> int:
+    return len(self._batches)
+
+  def __iter__(self) -> Iterator[Batch]:
+    return _iterate(self._batches, self._workers)
+
+
+@dataclass(frozen=True)
+class _Source:
+  """What grain reads: row -> the arrays of one example."""
+  examples: cache_lib.Examples
+
+  def __len__(self) -> int:
+    return len(self.examples.split)
+
+  def __getitem__(self, row: int) -> dict:
+    split = self.examples.split
+    example = {"image": self.examples.image(row), "label": split.labels[row], "weight": np.float32(1),
+               "index": self.examples.rows[row]}
+    return example if split.domains is None else {**example, "domain": split.domains[row]}
+
+
+@dataclass(frozen=True)
+class _Augment:
+  preprocessing: Preprocessing
+  augmentation: Augmentation
+  resized: bool
+
+  def __call__(self, example: dict, rng: np.random.Generator) -> dict:
+    return {**example, "image": augment(example["image"], self.augmentation, self.preprocessing, rng, self.resized)}
+
+
+@dataclass(frozen=True)
+class _Collate:
+  """Stacks examples and fills up to `batch_size` rows with zeros (index: -1)."""
+  batch_size: int
+
+  def __call__(self, examples: list[dict]) -> Batch:
+    batch = {name: np.stack([e[name] for e in examples]) for name in examples[0]}
+    missing = self.batch_size - len(examples)
+    if missing:
+      batch = {name: np.concatenate([v, np.full((missing, *v.shape[1:]), -1 if name == "index" else 0, v.dtype)])
+               for name, v in batch.items()}
+    return batch
+
+
+@dataclass(frozen=True)
+class _Mix:
+  """Adds `soft_label` and mixes the real rows among themselves; filling stays zero."""
+  augmentation: Augmentation
+  num_classes: int
+
+  def __call__(self, batch: Batch, rng: np.random.Generator) -> Batch:
+    a, real = self.augmentation, int(batch["weight"].sum())
+    image, soft = batch["image"], np.zeros((len(batch["label"]), self.num_classes), np.float32)  # [B, S, S, 3], [B, C]
+    soft[:real] = smooth_one_hot(batch["label"][:real], self.num_classes, a.label_smoothing)
+    image[:real], soft[:real] = mix(image[:real], soft[:real], rng, a.mixup, a.cutmix)
+    return {**batch, "image": image, "soft_label": soft}
+
+
+def _resized(examples: cache_lib.Examples, augmentation: Augmentation) -> bool:
+  return examples.images is not None and not augmentation.random_resized_crop
+
+
+def _dataset(examples: cache_lib.Examples):
+  import grain  # imports jax where that is installed, which reading a folder's labels need not wait for
+  return grain.MapDataset.source(_Source(examples))
+
+
+def _iterate(batches, workers: int) -> Iterator[Batch]:
+  """The batches of a grain MapDataset, a few of them made ahead."""
+  import grain
+  threads = max(1, cache_lib.THREADS // max(workers, 1))
+  batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+  if workers:
+    from absl import flags
+    if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which nobody parses in a notebook or a test
+      flags.FLAGS.mark_as_parsed()
+    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+  iterator = iter(batches)
+  try:
+    for batch in iterator:
+      # Workers send memory that they share and take back; the caller may keep what it gets.
+      yield {name: np.array(values) for name, values in batch.items()} if workers else batch
+  finally:
+    iterator.close()

@@ -1,0 +1,73 @@
+"""Automatic splits: stratified, and the same on every machine for one seed."""
+from collections.abc import Sequence
+
+import numpy as np
+
+from transferlab.data.tasks import DataError
+
+ALIASES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+           "testing": "test"}
+
+
+def complete(splits: dict[str, np.ndarray], groups: np.ndarray, group_names: Sequence[str], *, val_fraction: float,
+             test_fraction: float, seed: int, strict: bool = True) -> dict[str, np.ndarray]:
+  """Adds the splits that a source does not bring, cut from its training rows.
+
+  Training rows alone are cut into train, val and test; with a test split given, val is cut from train; with val given
+  there is nothing to cut, and a missing test split stays missing. A fraction of 0 leaves its split out, and
+  `test_fraction=1` turns all rows into the test split.
+
+  Args:
+    splits: name -> rows int [n], some of train, val, test.
+    groups: int [N], what to stratify by: the label, or label and domain.
+    group_names: what to call group g in an error.
+    strict: a group too small to have a row in every part is an error; otherwise it stays in train whole.
+  """
+  if "train" not in splits or "val" in splits:
+    return splits
+  _check_fractions(val_fraction, test_fraction)
+  if "test" not in splits and test_fraction == 1:
+    return {"test": splits["train"]}
+  fractions = {"val": val_fraction} if "test" in splits else {"val": val_fraction, "test": test_fraction}
+  cut = stratified(groups, splits["train"], fractions, group_names, seed, strict)
+  merged = {**cut, **{name: rows for name, rows in splits.items() if name != "train"}}
+  return {name: merged[name] for name in ("train", "val", "test") if name in merged}
+
+
+def stratified(groups: np.ndarray, rows: np.ndarray, fractions: dict[str, float], group_names: Sequence[str],
+               seed: int, strict: bool = True) -> dict[str, np.ndarray]:
+  """Cuts `rows` int [n] into "train" and the named parts, each group in the given proportions, at least one row each."""
+  parts = {name: f for name, f in fractions.items() if f > 0}
+  chosen = {name: [] for name in ("train", *parts)}
+  for group in np.unique(groups[rows]).tolist():
+    members = rows[groups[rows] == group]
+    if len(members) <= len(parts):
+      if strict:
+        raise DataError(f"class {group_names[group]!r} has {len(members)} image{'s'[:len(members) != 1]}; an automatic "
+                        f"split into {', '.join(chosen)} needs at least {len(chosen)} of every class; "
+                        "add images, give the splits yourself, or set a fraction to 0")
+      chosen["train"].append(members)
+      continue
+    # Sorting uniform draws, rather than `permutation`, whose stream numpy may change. A generator per group: another
+    # class's new images do not move this class's.
+    draws = np.random.Generator(np.random.PCG64([seed, group])).random(len(members))
+    members = members[np.argsort(draws, kind="stable")]
+    start = 0
+    for name, count in _counts(len(members), parts).items():
+      chosen[name].append(members[start:start + count])
+      start += count
+  return {name: np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64) for name, found in chosen.items()}
+
+
+def _counts(total: int, parts: dict[str, float]) -> dict[str, int]:
+  """Rows per part: the rounded fraction but at least one, the rest and at least one to train."""
+  counts = {name: max(1, round(total * f)) for name, f in parts.items()}
+  while sum(counts.values()) >= total:
+    counts[max(counts, key=counts.get)] -= 1
+  return {**counts, "train": total - sum(counts.values())}
+
+
+def _check_fractions(val: float, test: float) -> None:
+  if not (0 <= val < 1 and 0 <= test <= 1 and (val + test < 1 or test == 1)):
+    raise DataError(f"val_fraction {val} and test_fraction {test} leave nothing to train on; expected numbers from 0 "
+                    "whose sum is below 1 (or test_fraction=1 to test on everything)")

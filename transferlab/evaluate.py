@@ -1,0 +1,97 @@
+"""Evaluation: every example counts once, the last partial batch included."""
+import csv
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import jax
+import numpy as np
+
+from transferlab import backbones, data, devices, metrics
+from transferlab.files import atomic
+from transferlab.backbones.spec import Preprocessing
+from transferlab.method import Method, predict
+from transferlab.progress import Progress
+from transferlab.step import to_inputs
+
+
+class Evaluation(NamedTuple):
+  """Sums over a split. `confusion` [C, C]: true classes in rows; `loss`: mean cross-entropy; `logits` are not kept."""
+  confusion: np.ndarray
+  loss: float
+
+  @property
+  def accuracy(self) -> float:
+    return metrics.accuracy(self.confusion)
+
+  @property
+  def mean_per_class(self) -> float:
+    return metrics.mean_per_class_accuracy(self.confusion)
+
+  def plus(self, other: "Evaluation") -> "Evaluation":
+    """Both together."""
+    a, b = self.confusion.sum(), other.confusion.sum()
+    return Evaluation(self.confusion + other.confusion, (self.loss * a + other.loss * b) / max(a + b, 1))
+
+  @property
+  def per_class(self) -> np.ndarray:
+    """[C], NaN for classes without examples."""
+    return metrics.per_class_accuracy(self.confusion)
+
+
+def make_predict(method: Method, backbone: backbones.Backbone, preprocessing: Preprocessing) -> Callable:
+  """A jitted (trainable, state, frozen, images [B, S, S, 3] on 0 … 255) -> logits [B, C] float32."""
+  return jax.jit(lambda trainable, state, frozen, images: predict(
+      method, backbone, trainable, state, frozen, to_inputs(images, preprocessing)))
+
+
+def evaluate(logits_of: Callable, loader: data.EvalLoader, num_classes: int, *, mesh=None,
+             quiet: bool = True) -> Evaluation:
+  """Counts the predictions for everything a loader holds.
+
+  Args:
+    logits_of: images [B, S, S, 3] uint8 -> logits [B, C]; called with batches of one size.
+    loader: from `data.eval_loader`.
+    num_classes: C.
+    mesh: where batches go; one device by default.
+  """
+  mesh = mesh or devices.make_mesh(1)
+  counts, losses, total = np.zeros((num_classes, num_classes), np.int64), 0.0, 0
+  with Progress(len(loader), f"evaluating {loader.split.name}", quiet=quiet) as progress:
+    for batch in loader:
+      rows = batch["weight"] > 0
+      logits = np.asarray(logits_of(devices.put_batch(batch, mesh)["image"]))[:len(rows)][rows]  # [b, C]
+      labels = batch["label"][rows]
+      counts += metrics.confusion(labels, logits.argmax(-1), num_classes)
+      shifted = logits - logits.max(-1, keepdims=True)
+      log_likelihood = shifted[np.arange(len(labels)), labels] - np.log(np.exp(shifted).sum(-1))
+      losses, total = losses - float(log_likelihood.sum()), total + len(labels)
+      progress.update()
+  return Evaluation(counts, losses / max(total, 1))
+
+
+def write_confusion(evaluation: Evaluation, class_names, folder) -> list[Path]:
+  """Writes `confusion.csv` (true classes in rows) and, where matplotlib is installed, `confusion.png`."""
+  folder = Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  table, picture = folder / "confusion.csv", folder / "confusion.png"
+  with atomic(table) as temporary, open(temporary, "w", newline="") as file:
+    writer = csv.writer(file)
+    writer.writerow(["true \\ predicted", *class_names])
+    writer.writerows([name, *map(int, row)] for name, row in zip(class_names, evaluation.confusion))
+  try:
+    from matplotlib.figure import Figure
+  except ImportError:
+    return [table]
+  share = evaluation.confusion / np.maximum(evaluation.confusion.sum(axis=1, keepdims=True), 1)
+  side = min(max(4, 0.28 * len(class_names) + 2), 24)
+  figure = Figure(figsize=(side, side), layout="constrained")
+  axes = figure.subplots()
+  image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis")
+  axes.set(xlabel="predicted", ylabel="true", title=f"accuracy {evaluation.accuracy:.1%}")
+  if len(class_names) <= 60:
+    axes.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(class_names)), class_names, fontsize=8)
+  figure.colorbar(image, ax=axes, shrink=0.7, label="share of the true class")
+  with atomic(picture) as temporary:
+    figure.savefig(temporary, format="png", dpi=120)
+  return [table, picture]

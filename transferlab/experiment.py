@@ -1,0 +1,88 @@
+"""From a configuration to a run: what `transferlab train` does, callable from Python.
+
+A configuration is an ml_collections ConfigDict (or a dict) with the keys of `Experiment`, those of `train.Recipe`, and the
+method's own options under `options`.
+"""
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import ml_collections
+
+from transferlab import config as config_lib
+from transferlab import data, methods
+from transferlab.backbones.weights import load_weights
+from transferlab.train import Fit, Recipe, fit
+from transferlab.tree import nearest
+
+
+@dataclass(frozen=True)
+class Experiment:
+  """What to train on what.
+
+  Fields:
+    data: a source, e.g. "folder:/path", "domains:/path?test_domain=sketch", "list:/path?train=a.txt", "csv:/file", "digits".
+    backbone: a zoo name, a weights file or folder, or "hf:owner/name".
+    architecture: what the weights are expected to be, "" to infer it.
+    image_size: pixels, 0 for the weights' own; the position table is resampled.
+    download: allow a zoo entry to be fetched.
+    method: a registered name; its options are under `options`.
+  """
+  data: str = ""
+  backbone: str = "vit_formula64"
+  architecture: str = ""
+  image_size: int = 0
+  download: bool = False
+  method: str = "linear"
+
+
+def defaults(method: str = "linear", **changes) -> ml_collections.ConfigDict:
+  """Every key with its default, the method's options included; `changes` are keys of the first level."""
+  if method not in methods.METHODS:
+    raise ValueError(f"method {method!r} is unknown; nearest: {', '.join(nearest(method, methods.METHODS))}; "
+                     f"all: {', '.join(sorted(methods.METHODS))}")
+  values = {**dataclasses.asdict(Experiment(method=method)), **dataclasses.asdict(Recipe()),
+            "options": methods.options_of(method)}
+  config = ml_collections.ConfigDict(values, convert_dict=True)
+  for key, value in changes.items():
+    if key not in config:
+      raise ValueError(f"config has no key {key!r}; nearest: {', '.join(nearest(key, config))}")
+    config[key] = value
+  return config
+
+
+def arguments(text: str | None, **known) -> ml_collections.ConfigDict:
+  """Arguments of a config file, "data=digits,method=dtl", over their defaults; a name that is not known is an error."""
+  values = dict(known)
+  for part in filter(None, (text or "").split(",")):
+    name, equals, value = part.partition("=")
+    if not equals or name not in known:
+      raise ValueError(f"config argument {part!r} is not understood; expected name=value with a name of "
+                       f"{', '.join(known)}; nearest: {nearest(name, known)[0]}")
+    values[name] = type(known[name])(value)
+  return ml_collections.ConfigDict(values)
+
+
+def parse(config) -> tuple[Experiment, dict, Recipe]:
+  """(experiment, the method's options, recipe) of a configuration; every unknown key is an error naming the nearest."""
+  values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+  options = values.pop("options", {})
+  mine = {f.name for f in dataclasses.fields(Experiment)}
+  recipe = {f.name for f in dataclasses.fields(Recipe)}
+  for key in values:
+    if key not in mine | recipe:
+      raise ValueError(f"config has no key {key!r}; nearest: {', '.join(nearest(key, mine | recipe))}; options of the method "
+                       "go under options")
+  experiment = config_lib.fill(Experiment, {k: v for k, v in values.items() if k in mine})
+  if not experiment.data:
+    raise ValueError("config.data is empty; give --config.data=folder:/path (or digits, domains:, list:, csv:)")
+  return experiment, options, config_lib.fill(Recipe, {k: v for k, v in values.items() if k in recipe})
+
+
+def run(config: Any, workdir=None, quiet: bool = False) -> Fit:
+  """Loads weights and data and trains; see `train.fit`."""
+  experiment, options, recipe = parse(config)
+  task = data.from_string(experiment.data)
+  weights = load_weights(experiment.backbone, architecture=experiment.architecture or None,
+                         image_size=experiment.image_size or None, download=experiment.download)
+  return fit(weights, experiment.method, task, recipe, options=options, workdir=workdir, quiet=quiet)

@@ -1,0 +1,52 @@
+"""What `transferlab info` tells: sizes and costs of any backbone and method from shapes alone, and a backbone's sites."""
+import ast
+
+from transferlab import backbones, cost, methods
+from transferlab.backbones import zoo
+from transferlab.backbones.weights import load_weights
+from transferlab.tree import nearest
+
+
+def find(backbone: str, image_size: int | None = None):
+  """(spec, preprocessing or None) of an architecture, a zoo entry (neither needs weights) or a weights file."""
+  if backbone in backbones.ARCHITECTURES:
+    spec, preprocessing = backbones.architecture(backbone), None
+  elif backbone in zoo.ZOO and zoo.ZOO[backbone].architecture in backbones.ARCHITECTURES:
+    spec, preprocessing = backbones.architecture(zoo.ZOO[backbone].architecture), zoo.ZOO[backbone].preprocessing
+  else:
+    try:
+      weights = load_weights(backbone, image_size=image_size)
+    except ValueError as error:
+      known = [*backbones.ARCHITECTURES, *zoo.ZOO]
+      raise ValueError(f"{error}; nearest names: {', '.join(nearest(backbone, known))}") from None
+    return weights.spec, weights.preprocessing
+  return (spec.at_resolution(image_size) if image_size else spec), preprocessing
+
+
+def site_shapes(spec) -> dict[str, tuple]:
+  """{site: shape for one image}."""
+  return {name: leaf.shape for name, leaf in backbones.sites(spec).items()}
+
+
+def options(text: str) -> dict:
+  """"rank=4,form=fused" as a dict; values are Python literals or plain words."""
+  found = {}
+  for part in filter(None, text.split(",")):
+    name, equals, value = part.partition("=")
+    if not equals:
+      raise ValueError(f"option {part!r} is not understood; expected name=value, e.g. rank=4")
+    try:
+      found[name] = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      found[name] = value
+  return found
+
+
+def costs(spec, method: str | None, method_options: dict, num_classes: int, *, batch_size: int = 32,
+          remat: bool = False) -> list[dict]:
+  """A row per method, see `cost.of`; all methods with their defaults if `method` is None."""
+  if method is None and method_options:
+    raise ValueError("options belong to one method; give --method")
+  names = [method] if method else list(methods.METHODS)
+  return [{"method": name, "backbone": spec.name, **cost.of(spec, methods.build(name, spec, **method_options), num_classes,
+                                                           batch_size=batch_size, remat=remat)} for name in names]

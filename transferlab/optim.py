@@ -1,0 +1,113 @@
+"""Optimisers and learning-rate schedules, all optax; this file only names and combines them."""
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from transferlab import tree
+from transferlab.config import resolve_steps
+
+OPTIMISERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("constant", "cosine", "dtl", "noah", "vpt")
+
+
+@dataclass(frozen=True)
+class Optim:
+  """How parameters move.
+
+  Fields:
+    name: "adamw" (decoupled decay), "adam" or "sgd" (decay added to the gradient, as torch does).
+    lr: peak learning rate.
+    schedule: "constant" and "cosine" change every step, after a linear warm-up from 0. The others are constant within an
+      epoch and reproduce released code: "dtl" (DTL and SSF: the last 10 epochs idle at 1e-8), "noah" (NOAH and FacT) and
+      "vpt"; their warm-up is part of them.
+    warmup: duration of the warm-up; the per-epoch schedules take it in epochs.
+    weight_decay: strength of the decay.
+    decay: ordered (pattern, factor) pairs on parameter names, first match wins, 1 where none matches.
+    lr_factors: likewise for the learning rate.
+    clip: largest global norm of the gradient, 0 for none.
+    momentum, b1, b2, eps: of SGD and Adam.
+  """
+  name: str = "adamw"
+  lr: float = 1e-3
+  schedule: str = "cosine"
+  warmup: str = "0 steps"
+  weight_decay: float = 0.05
+  decay: tuple = ((r"(.*/)?(bias|scale|cls|pos|patch_bias)", 0.0),)
+  lr_factors: tuple = ()
+  clip: float = 0.0
+  momentum: float = 0.9
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+
+  def __post_init__(self):
+    if self.name not in OPTIMISERS:
+      raise ValueError(f"optimiser {self.name!r} is unknown; expected one of {', '.join(OPTIMISERS)}")
+    if self.schedule not in SCHEDULES:
+      raise ValueError(f"schedule {self.schedule!r} is unknown; expected one of {', '.join(SCHEDULES)}")
+    if not self.lr > 0:
+      raise ValueError(f"lr is {self.lr}; expected a number above 0")
+
+
+def timm_epochs(lr, epochs, *, warmup=10, warmup_lr=0.0, min_lr=0.0, cooldown=0, delay=0):
+  """Rates of `epochs` epochs of timm's cosine scheduler, whose cosine clock includes the warm-up.
+
+  The last `cooldown` epochs stay at `min_lr`; with `delay` every epoch has the rate of `delay` epochs before.
+  """
+  length = epochs - cooldown
+  rates = []
+  for epoch in range(epochs):
+    t = max(epoch - delay, 0)
+    if t < warmup:
+      rates.append(warmup_lr + t * (lr - warmup_lr) / warmup)
+    else:
+      rates.append(min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(t, length) / length)) / 2)
+  return np.array(rates)
+
+
+def vpt_epochs(lr, epochs, *, warmup=10):
+  """Rates of VPT's schedule: linear from 0, then a cosine to 0 whose clock starts after the warm-up (KMnP/vpt)."""
+  t = np.arange(epochs)
+  return np.where(t < warmup, lr * t / warmup, lr * (1 + np.cos(np.pi * (t - warmup) / max(epochs - warmup, 1))) / 2)
+
+
+def epoch_rates(name: str, lr: float, epochs: int, warmup: int = 10) -> np.ndarray:
+  """Learning rates [epochs] of a released per-epoch schedule."""
+  if name == "vpt":
+    return vpt_epochs(lr, epochs, warmup=warmup)
+  if name == "noah":
+    return timm_epochs(lr, epochs, warmup=warmup, warmup_lr=1e-6, min_lr=1e-5, delay=1)
+  if epochs <= 10:
+    raise ValueError(f"schedule 'dtl' ends with 10 idle epochs and the run has {epochs}; train longer (the paper: 110) or "
+                     "use schedule='cosine'")
+  return timm_epochs(lr, epochs, warmup=warmup, warmup_lr=1e-7, min_lr=1e-8, cooldown=10)
+
+
+def schedule(optim: Optim, total_steps: int, steps_per_epoch: int, batch_size: int):
+  """Step -> learning rate."""
+  warmup = resolve_steps(optim.warmup, steps_per_epoch, batch_size, total_steps, "warmup")
+  if optim.schedule == "constant":
+    return optax.linear_schedule(0.0, optim.lr, warmup) if warmup else optax.constant_schedule(optim.lr)
+  if optim.schedule == "cosine":
+    if not warmup:
+      return optax.cosine_decay_schedule(optim.lr, total_steps)
+    return optax.warmup_cosine_decay_schedule(0.0, optim.lr, warmup, max(total_steps, warmup + 1))
+  epochs = -(-total_steps // steps_per_epoch)
+  rates = jnp.asarray(epoch_rates(optim.schedule, optim.lr, epochs, round(warmup / steps_per_epoch) or 10), jnp.float32)
+  return lambda step: rates[jnp.minimum(step // steps_per_epoch, epochs - 1)]
+
+
+def make_optimiser(optim: Optim, rate, trainable) -> optax.GradientTransformation:
+  """The optax transformation of an `Optim`; `rate` is a schedule, `trainable` gives the names that patterns address."""
+  decay = jax.tree.map(lambda factor: factor * optim.weight_decay, tree.match(optim.decay, trainable, 1.0))
+  factors = tree.match(optim.lr_factors, trainable, 1.0)
+  decayed = optax.stateless(lambda updates, params: jax.tree.map(lambda u, p, d: u + d * p, updates, params, decay))
+  scaled = optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
+  adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
+  core = {"adamw": (adam, decayed), "adam": (decayed, adam), "sgd": (decayed, optax.trace(optim.momentum))}[optim.name]
+  clip = (optax.clip_by_global_norm(optim.clip),) if optim.clip else ()
+  return optax.chain(*clip, *core, scaled, optax.scale_by_learning_rate(rate))

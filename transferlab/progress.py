@@ -1,0 +1,45 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+
+LINE_EVERY = 10.0  # seconds between plain lines
+
+
+def say(message: str) -> None:
+  """A line for the user, on standard error so that tables and CSV on standard output stay clean."""
+  print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+  """`with Progress(total, "training") as p: p.update(note="loss 0.12")`; shows nothing when `quiet`."""
+
+  def __init__(self, total: int, what: str, *, done: int = 0, quiet: bool = False):
+    self.total, self.what, self.done, self.quiet = total, what, done, quiet
+    self.note, self.last = "", time.monotonic()
+    self.bar = None
+
+  def __enter__(self):
+    console = Console(stderr=True)
+    if not self.quiet and console.is_terminal:
+      self.bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                     TextColumn("{task.fields[note]}"), console=console)
+      self.bar.start()
+      self.task = self.bar.add_task(self.what, total=self.total, completed=self.done, note="")
+    return self
+
+  def __exit__(self, *_):
+    if self.bar:
+      self.bar.stop()
+
+  def update(self, count: int = 1, note: str | None = None) -> None:
+    """`count` more are done; a plain line appears at most every ten seconds and at the end of work that took as long."""
+    self.done += count
+    self.note = self.note if note is None else note
+    if self.bar:
+      self.bar.update(self.task, completed=self.done, note=self.note)
+    elif not self.quiet and time.monotonic() - self.last > LINE_EVERY:
+      self.last = time.monotonic()
+      say(f"{self.what} {self.done}/{self.total} {self.note}".rstrip())

@@ -1,0 +1,150 @@
+"""A trained classifier in use: an adapter on its backbone, or the head that a weights file carries."""
+from pathlib import Path
+from typing import Callable, Iterable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transferlab import backbones, data, methods
+from transferlab.backbones import zoo
+from transferlab.backbones.spec import Preprocessing
+from transferlab.backbones.weights import Weights, export_timm, load_weights
+from transferlab.checkpoint import check_backbone, load_adapter
+from transferlab.evaluate import Evaluation, evaluate as count, make_predict
+from transferlab.method import Method
+from transferlab.methods import classifier as head_lib
+from transferlab.progress import Progress
+
+
+class Classifier(NamedTuple):
+  """Calling it with uint8 RGB images, or files, gives their probabilities [N, C]; columns are `class_names`."""
+  class_names: tuple
+  preprocessing: Preprocessing
+  method: Method
+  trainable: dict
+  state: dict
+  weights: Weights
+  logits: Callable  # preprocessed images [B, S, S, 3] on 0 … 255 -> logits [B, C]
+
+  def __call__(self, images: Iterable, batch_size: int = 32) -> np.ndarray:
+    """Images of any size, uint8 [H, W, 3] or paths, to probabilities float32 [N, C]."""
+    pixels = [data.preprocess(image if isinstance(image, np.ndarray) else data.decode(image), self.preprocessing)
+              for image in images]
+    found = [np.zeros((0, len(self.class_names)), np.float32)]
+    for i in range(0, len(pixels), batch_size):
+      batch = np.stack(pixels[i:i + batch_size])                                                    # [b, S, S, 3]
+      padded = np.concatenate([batch, np.zeros((batch_size - len(batch), *batch.shape[1:]), batch.dtype)])
+      found.append(np.asarray(jax.nn.softmax(self.logits(padded), axis=-1))[:len(batch)])
+    return np.concatenate(found)
+
+
+def load(adapter=None, weights=None, *, class_names=None) -> Classifier:
+  """Loads an adapter with its backbone, or the head of some weights.
+
+  Args:
+    adapter: path of an adapter file; None uses the head that `weights` carry.
+    weights: Weights, or a source for `load_weights`; an adapter on a zoo backbone finds its own.
+    class_names: names of the head's columns, for heads only; default "0", "1", ….
+
+  Raises:
+    ValueError: weights the adapter was not trained on, no head in the file, another number of classes.
+  """
+  if adapter is None:
+    return _of_head(_weights(weights), class_names)
+  if class_names is not None:
+    raise ValueError("an adapter has its own class names; class_names is for heads of weights files")
+  found = load_adapter(adapter)
+  if weights is None:
+    if found.backbone["name"] not in zoo.ZOO:
+      raise ValueError(f"{adapter} was trained on {found.backbone['name']!r} ({found.backbone['source']}), which is not in the "
+                       "zoo; give those weights with --backbone")
+    weights = found.backbone["name"]
+  weights = _weights(weights, found.backbone["spec"]["image_size"])
+  check_backbone(found, weights)
+  return _make(found.class_names, found.preprocessing, found.method, found.trainable, found.state, weights)
+
+
+def _weights(weights, image_size=None) -> Weights:
+  if weights is None:
+    raise ValueError("neither an adapter nor weights are given; give --adapter, or --backbone for the head it carries")
+  return weights if isinstance(weights, Weights) else load_weights(weights, image_size=image_size)
+
+
+def _of_head(weights: Weights, class_names) -> Classifier:
+  if weights.head is None:
+    raise ValueError(f"{weights.name} carries no classifier; train one, or give an adapter with --adapter")
+  count_ = weights.head["kernel"].shape[1]
+  names = tuple(map(str, range(count_))) if class_names is None else tuple(class_names)
+  if len(names) != count_:
+    raise ValueError(f"{len(names)} class names for a head of {count_} classes; give one name per class, in its order")
+  method = methods.build("linear", weights.spec)
+  if "pre_logits" in weights.head:  # the original ImageNet-21k release
+    def readout(trainable, features, carry, ctx):
+      del carry, ctx
+      pre = trainable["classifier"]["pre_logits"]
+      return head_lib.apply(trainable["classifier"], jnp.tanh(features @ pre["kernel"] + pre["bias"]))
+    method = method._replace(readout=readout)
+  return _make(names, weights.preprocessing, method, {"classifier": weights.head}, {}, weights)
+
+
+def _make(class_names, preprocessing, method, trainable, state, weights) -> Classifier:
+  frozen = jax.device_put(weights.params) if method.frozen else {}
+  trainable = jax.device_put(trainable)
+  run = make_predict(method, backbones.build(weights.spec), preprocessing)
+  return Classifier(class_names, preprocessing, method, trainable, state, weights,
+                    lambda images: run(trainable, state, frozen, images))
+
+
+def evaluate(classifier: Classifier, task: data.Task, split: str = "test", *, batch_size: int = 64,
+             quiet: bool = False) -> Evaluation:
+  """Counts a classifier's predictions on a split of a task, or on "all" of it; classes are matched by name."""
+  task = task.relabel(classifier.class_names)
+  names = list(task.splits) if split == "all" else [split]
+  task.check(names)
+  total = None
+  for name in names:
+    loader = data.eval_loader(task.splits[name], classifier.preprocessing, batch_size=batch_size)
+    found = count(classifier.logits, loader, len(classifier.class_names), quiet=quiet)
+    total = found if total is None else total.plus(found)
+  return total
+
+
+def predict_files(classifier: Classifier, files, *, top: int = 1, batch_size: int = 32, quiet: bool = False):
+  """[(file, class, probability)], the `top` most probable classes of each file."""
+  if not 1 <= top <= len(classifier.class_names):
+    raise ValueError(f"top is {top}; expected 1 to the number of classes, {len(classifier.class_names)}")
+  rows = []
+  with Progress(len(files), "predicting", quiet=quiet) as progress:
+    for i in range(0, len(files), batch_size):
+      names = files[i:i + batch_size]
+      for name, probabilities in zip(names, classifier(names, batch_size)):
+        best = np.argsort(-probabilities, kind="stable")[:top]
+        rows += [(name, classifier.class_names[c], float(probabilities[c])) for c in best]
+      progress.update(len(names))
+  return rows
+
+
+def merge(classifier: Classifier, out, *, tolerance: float = 1e-3) -> float:
+  """Writes the adapted backbone as plain weights with a head, in timm's names, and returns the largest difference of logits
+  between adapter and merged weights on a probe batch of noise.
+
+  Raises:
+    ValueError: the method cannot be merged, or the difference exceeds `tolerance`; nothing is written then.
+  """
+  method, weights = classifier.method, classifier.weights
+  if method.merge is None:
+    mergeable = [name for name in methods.METHODS if methods.build(name, weights.spec).merge]
+    raise ValueError(f"{method.name} computes beside the backbone and has no equal plain weights; deploy the adapter file. "
+                     f"Methods that merge: {', '.join(mergeable)}")
+  params = jax.tree.map(np.asarray, method.merge(classifier.trainable, jax.device_put(weights.params)))
+  head = jax.tree.map(np.asarray, classifier.trainable["classifier"])
+  merged = _of_head(weights._replace(params=params, head=head), classifier.class_names)
+  S = weights.spec.image_size
+  probe = np.random.default_rng(0).integers(0, 256, (4, S, S, 3), np.uint8)
+  difference = float(jnp.abs(merged.logits(probe) - classifier.logits(probe)).max())
+  if not difference <= tolerance:
+    raise ValueError(f"merged and adapted logits differ by {difference:.2e}, more than the tolerance {tolerance:g}; nothing "
+                     "was written")
+  export_timm(merged.weights, None, Path(out))
+  return difference

@@ -1,0 +1,384 @@
+"""Training: `fit` adapts frozen weights to a task, chooses on validation, opens the test split once, and leaves a workdir.
+
+    workdir/config.json             what was asked for, resolved
+    workdir/metrics.jsonl           a line per log and per evaluation
+    workdir/checkpoints/stage_0/    to resume from
+    workdir/adapter.safetensors     the result
+    workdir/result.json             one ledger row
+"""
+import contextlib
+import dataclasses
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transferlab import backbones, config, cost, data, devices, methods
+from transferlab.backbones.weights import Weights
+from transferlab.checkpoint import Checkpoints, save_adapter, versions
+from transferlab.data.augment import preset
+from transferlab.evaluate import evaluate, make_predict
+from transferlab.files import atomic, write_json
+from transferlab.method import Method, sizes, stages
+from transferlab.optim import Optim, make_optimiser, schedule
+from transferlab.progress import Progress, say
+from transferlab.step import compile_step, make_step, start
+
+
+@dataclass(frozen=True)
+class Recipe:
+  """How to train. Durations are strings: "20 epochs", "500 steps", "10000 examples", "5 percent" of the run.
+
+  Fields:
+    duration: of each stage.
+    batch_size: global, whatever the number of devices.
+    optim: see `optim.Optim`.
+    augmentation: a preset's name, see `data.Augmentation`.
+    drop_path: stochastic depth of the last block; it acts in frozen blocks too.
+    label_smoothing: share of the target spread over all classes.
+    class_weights: "none", or "balanced" so that every class counts the same.
+    drop_last: leave the last partial batch of each epoch out, as the papers do; else it is padded.
+    dtype: of the backbone's computation, "float32", "bfloat16" or "auto" (float32 on CPU, else bfloat16). Heads and
+      trainables are float32.
+    remat: recompute adapted blocks in the backward pass: less memory, more time.
+    micro_batch: rows computed at once, 0 for the whole batch, -1 for the largest that fits the device's memory.
+    select: "best" keeps the parameters with the best validation accuracy, "last" the last ones.
+    evaluate_every, checkpoint_every, log_every: durations.
+    bad_images: "error", or "skip" to go on without images that cannot be read.
+    workers: processes that decode images, 0 for none.
+    devices: number of devices, 0 for all.
+    seed: of initialisation, order, augmentation and dropout.
+  """
+  duration: str = "20 epochs"
+  batch_size: int = 32
+  optim: Optim = Optim()
+  augmentation: str = "none"
+  drop_path: float = 0.0
+  label_smoothing: float = 0.0
+  class_weights: str = "none"
+  drop_last: bool = True
+  dtype: str = "auto"
+  remat: bool = False
+  micro_batch: int = 0
+  select: str = "best"
+  evaluate_every: str = "1 epoch"
+  checkpoint_every: str = "5 epochs"
+  log_every: str = "50 steps"
+  bad_images: str = "error"
+  workers: int = 0
+  devices: int = 0
+  seed: int = 0
+
+  def __post_init__(self):
+    choices = {"class_weights": ("none", "balanced"), "select": ("best", "last"), "bad_images": ("error", "skip"),
+               "dtype": ("auto", "float32", "bfloat16")}
+    for name, valid in choices.items():
+      if getattr(self, name) not in valid:
+        raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(valid)}")
+    if self.batch_size < 1:
+      raise ValueError(f"batch_size is {self.batch_size}; expected 1 or more")
+
+
+class Fit(NamedTuple):
+  """What `fit` returns. `result` is the ledger row; `adapter` the file's path, None without a workdir."""
+  method: Method
+  trainable: dict
+  state: dict
+  result: dict
+  adapter: Path | None
+
+
+class NotFinite(RuntimeError):
+  """The loss or a gradient became NaN or infinite."""
+
+
+def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe = Recipe(), *, options: dict | None = None,
+        workdir=None, quiet: bool = False) -> Fit:
+  """Adapts frozen weights to a task.
+
+  Args:
+    weights: from `load_weights`.
+    method: a registered name with `options`, or a Method.
+    task: trains on its split "train", chooses on "val" if there is one, and reports "test" once, at the end.
+    workdir: where to leave the run; an interrupted run there with the same configuration is resumed, bit for bit, and a
+      finished one is returned as it is. None keeps everything in memory.
+    quiet: no messages.
+
+  Raises:
+    ValueError: anything about the request, before the first step.
+    NotFinite: with the step and the last good checkpoint.
+  """
+  began = time.monotonic()
+  tell = (lambda message: None) if quiet else say
+  first = methods.build(method, weights.spec, **(options or {})) if isinstance(method, str) else method
+  for message in task.check() or ():
+    tell(message)
+  if "train" not in task.splits:
+    raise ValueError(f"task {task.name!r} has splits {', '.join(task.splits)}; training needs 'train'")
+  task = readable(task, recipe.bad_images, tell, quiet)
+  asked = {"backbone": weights.name, "backbone_hash": weights.hash, "image_size": weights.spec.image_size,
+           "preprocessing": weights.preprocessing.to_dict(), "method": first.name if not isinstance(method, str) else method,
+           "options": first.options, "task": task.name, "split_hash": task.split_hash(),
+           "recipe": dataclasses.asdict(recipe)}
+  asked = json.loads(json.dumps(asked))  # tuples become lists, as they will be when read back
+  folder = None if workdir is None else Workdir(workdir, asked)
+  tell(f"{asked['method']} on {weights.name}: {weights.preprocessing.describe()}")
+  tell(f"{task.name}: " + ", ".join(f"{name} {len(split)}" for name, split in task.splits.items())
+       + f", {len(task.class_names)} classes")
+
+  selection = dataclasses.replace(task, splits={k: v for k, v in task.splits.items() if k in ("train", "val")})
+  runs = []
+  def train(stage: Method):
+    runs.append(Stage(stage, weights, selection, recipe, folder, len(runs), quiet).train())
+    return runs[-1].trainable, runs[-1].state
+  (final, trainable, state), last = stages(first, train)[-1], runs[-1]
+
+  test = None
+  if "test" in task.splits:
+    finished = folder and folder.result()  # a finished run keeps its numbers: the test split is opened once
+    test = finished["test"] if finished else scores(last.evaluate(trainable, state, last.eval_loader(task.splits["test"])))
+  count = sizes(final, weights.params, len(task.class_names))
+  result = {
+      **asked, "class_names": list(task.class_names), "val": last.val, "test": test, "selected_step": last.selected_step,
+      "protocol": f"select {recipe.select if 'val' in task.splits else 'last'} on val, test once", "steps": last.total,
+      "trainable": count.trainable, "trainable_without_classifier": count.trainable_without_classifier,
+      "train_peak_bytes": last.cost.train_peak_bytes, "train_flops": last.cost.train_flops,
+      "examples": {name: len(split) for name, split in task.splits.items()},
+      "pixels": task.splits["train"].fingerprint(), "device": jax.devices()[0].device_kind,
+      "versions": versions(), "seconds": round(time.monotonic() - began, 2)}
+  adapter = None
+  if folder:
+    adapter = folder.path / "adapter.safetensors"
+    notes = {"task": task.name, "split_hash": asked["split_hash"], "recipe": asked["recipe"], "val": last.val, "test": test}
+    save_adapter(adapter, final, trainable, state, weights=weights, class_names=task.class_names, notes=notes)
+    result = folder.finish(result)
+  for name in ("val", "test"):
+    if result[name]:
+      tell(f"{name} accuracy {result[name]['accuracy']:.4f}, mean per class {result[name]['mean_per_class']:.4f}")
+  return Fit(final, trainable, state, result, adapter)
+
+
+def scores(evaluation) -> dict:
+  """An evaluation's numbers for the ledger."""
+  return {"accuracy": evaluation.accuracy, "mean_per_class": evaluation.mean_per_class, "loss": evaluation.loss,
+          "examples": int(evaluation.confusion.sum())}
+
+
+def readable(task: data.Task, bad_images: str, tell, quiet: bool) -> data.Task:
+  """The task without images that cannot be read; each is named. With bad_images="error" the first such split stops."""
+  splits = {}
+  for name, split in task.splits.items():
+    with Progress(len(split), f"checking {name}", quiet=quiet) as progress:
+      splits[name], problems = data.check_images(split, bad_images, lambda done, total: progress.update(done - progress.done))
+    for problem in problems:
+      tell(f"skipped: {problem}")
+  return dataclasses.replace(task, splits=splits)
+
+
+def augmentation(recipe: Recipe) -> data.Augmentation:
+  """The recipe's preset, with its label smoothing unless the recipe sets one."""
+  chosen = preset(recipe.augmentation)
+  return dataclasses.replace(chosen, label_smoothing=recipe.label_smoothing or chosen.label_smoothing)
+
+
+class Workdir:
+  """A run's folder. It belongs to one configuration; another one is refused with the differences."""
+
+  def __init__(self, path, asked: dict):
+    self.path, self.asked = Path(path), asked
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      with tempfile.TemporaryFile(dir=self.path):  # says now, not after training, that nothing can be written
+        pass
+      known = self.path / "config.json"
+      different = config.changes(json.loads(known.read_text()), asked) if known.exists() else []
+    except OSError as error:
+      raise ValueError(f"cannot write to workdir {self.path} ({error.strerror}); choose a folder you may write to") from None
+    if different:
+      raise ValueError(f"workdir {self.path} holds a run with another configuration ({'; '.join(different[:4])}); give another "
+                       "--workdir, or delete it to start over")
+
+  def begin(self) -> None:
+    """Takes the folder, once everything is known to fit: a request that was refused leaves nothing behind to undo."""
+    write_json(self.path / "config.json", self.asked)
+
+  def result(self) -> dict | None:
+    path = self.path / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+  def finish(self, result: dict) -> dict:
+    """Writes the ledger row once; a finished run's row stays as it is."""
+    known = self.result()
+    if known is None:
+      write_json(self.path / "result.json", result)
+    return known or result
+
+  def log(self, row: dict) -> None:
+    with open(self.path / "metrics.jsonl", "a") as file:
+      file.write(json.dumps(row) + "\n")
+
+  def truncate(self, stage: int, step: int) -> None:
+    """Drops the lines of metrics.jsonl that come after a checkpoint, and a last line that was cut."""
+    path = self.path / "metrics.jsonl"
+    if not path.exists():
+      return
+    kept = []
+    for line in path.read_text().splitlines():
+      with contextlib.suppress(ValueError):
+        row = json.loads(line)
+        if (row["stage"], row["step"]) <= (stage, step):
+          kept.append(line + "\n")
+    with atomic(path) as temporary:
+      Path(temporary).write_text("".join(kept))
+
+
+class Stage:
+  """One method trained for one duration; most runs are a single stage."""
+
+  def __init__(self, method: Method, weights: Weights, task, recipe: Recipe, folder, index: int, quiet: bool):
+    self.method, self.task, self.recipe, self.folder, self.index, self.quiet = method, task, recipe, folder, index, quiet
+    self.preprocessing, self.num_classes = weights.preprocessing, len(task.class_names)
+    self.mesh = devices.make_mesh(recipe.devices or None)
+    accelerated = jax.default_backend() != "cpu"
+    dtype = {"auto": jnp.bfloat16 if accelerated else jnp.float32, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    self.dtype = dtype[recipe.dtype]
+    self.backbone = backbones.build(weights.spec, self.dtype)
+    self.loader = data.train_loader(
+        task.splits["train"], weights.preprocessing, batch_size=recipe.batch_size, seed=recipe.seed,
+        augmentation=augmentation(recipe), drop_last=recipe.drop_last, num_classes=self.num_classes,
+        workers=recipe.workers)
+    self.val_loader = self.eval_loader(task.splits["val"]) if "val" in task.splits else None
+    per_epoch, B = self.loader.steps_per_epoch, recipe.batch_size
+    self.total = max(1, config.resolve_steps(recipe.duration, per_epoch, B, None, "duration"))
+    steps = lambda name: max(1, config.resolve_steps(getattr(recipe, name), per_epoch, B, self.total, name))
+    self.log_every, self.evaluate_every = steps("log_every"), steps("evaluate_every")
+    self.checkpoint_every = steps("checkpoint_every")
+
+    trainable, state = method.init(jax.random.key(recipe.seed), weights.params, self.num_classes)
+    self.rate = schedule(recipe.optim, self.total, per_epoch, B)
+    self.optimiser = make_optimiser(recipe.optim, self.rate, trainable)
+    # The frozen parameters are cast once; a method that trains the backbone itself keeps no second copy of it.
+    cast = lambda leaf: jnp.asarray(leaf, self.dtype)
+    self.frozen = devices.replicate(jax.tree.map(cast, weights.params) if method.frozen else {}, self.mesh)
+    self.run = devices.replicate(start(jax.tree.map(jnp.array, trainable), state, self.optimiser), self.mesh)
+    self.predict = make_predict(method, self.backbone, self.preprocessing)
+    self.best: dict[str, Any] = {}
+    self.val, self.selected_step = None, self.total
+
+  def compile(self, batch):
+    """Compiles the step, choosing the micro-batch, and notes its cost."""
+    recipe = self.recipe
+    class_weights = None
+    if recipe.class_weights == "balanced":
+      class_weights = data.class_weights(self.task.splits["train"].labels, self.num_classes)
+    def compiled(micro_batches: int):
+      step = make_step(self.method, self.backbone, self.optimiser, self.preprocessing, self.num_classes, seed=recipe.seed,
+                       drop_path=recipe.drop_path, remat=recipe.remat, micro_batches=micro_batches,
+                       class_weights=class_weights)
+      return compile_step(step, self.run, self.frozen, batch, remat=recipe.remat)
+    rows = len(batch["weight"])
+    if recipe.micro_batch < 0:
+      step, parts = cost.largest_that_fits(compiled, rows, self.mesh.size)
+      if not self.quiet:
+        say(f"micro-batch {rows // parts} of {rows}: peak {cost.peak_bytes(step) / 2**20:.0f} MiB")
+    else:
+      parts = cost.parts(rows, recipe.micro_batch or rows, self.mesh.size)
+      step = compiled(parts)
+    self.cost = cost.of_step(step)
+    return step
+
+  def eval_loader(self, split):
+    return data.eval_loader(split, self.preprocessing, batch_size=max(self.recipe.batch_size, 32))
+
+  def evaluate(self, trainable, state, loader):
+    return evaluate(lambda images: self.predict(trainable, state, self.frozen, images), loader, self.num_classes,
+                    mesh=self.mesh, quiet=self.quiet)
+
+  def train(self) -> "Stage":
+    """Trains from the newest checkpoint, or from the start, to the end; then holds the chosen trainable and state."""
+    checkpoints = Checkpoints(self.folder.path / "checkpoints" / f"stage_{self.index}") if self.folder else None
+    done = self.restore(checkpoints)
+    batches = iter(self.loader)
+    batch = devices.put_batch(next(batches), self.mesh)
+    step = self.compile(batch)
+    if self.folder:
+      self.folder.begin()
+    clock, since = time.monotonic(), done
+    with Progress(self.total, "training", done=done, quiet=self.quiet) as progress:
+      while done < self.total:
+        self.run, metrics = step(self.run, self.frozen, batch)
+        done += 1
+        last = done == self.total
+        if last or done % self.log_every == 0:
+          row = {"step": done, "loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"]),
+                 "lr": float(self.rate(done - 1)),
+                 "examples_per_second": round((done - since) * self.recipe.batch_size / (time.monotonic() - clock), 1)}
+          clock, since = time.monotonic(), done
+          self.log(row)
+          progress.update(0, f"loss {row['loss']:.4f}")
+        if last or done % self.log_every == 0 or done % self.evaluate_every == 0 or done % self.checkpoint_every == 0:
+          self.check_finite(checkpoints)
+        if self.val_loader and (last or done % self.evaluate_every == 0):
+          self.validate(done, progress)
+        if checkpoints and (last or done % self.checkpoint_every == 0):
+          self.save(checkpoints, done)
+        progress.update()
+        if not last:  # after saving, so that the saved position is that of the finished steps
+          batch = devices.put_batch(next(batches), self.mesh)
+    if checkpoints:
+      checkpoints.close()
+    self.choose()
+    return self
+
+  def log(self, row: dict) -> None:
+    if self.folder:
+      self.folder.log({"stage": self.index, **row})
+
+  def validate(self, done: int, progress: Progress) -> None:
+    found = scores(self.evaluate(self.run.trainable, self.run.state, self.val_loader))
+    self.log({"step": done, "val": found})
+    progress.update(0, f"val accuracy {found['accuracy']:.4f}")
+    better = not self.best or found["accuracy"] > self.best["val"]["accuracy"]  # of equals, the first
+    if self.recipe.select == "last" or better:
+      self.best = {"step": done, "val": found, "trainable": jax.tree.map(jnp.copy, self.run.trainable)}
+
+  def choose(self) -> None:
+    self.trainable, self.state = self.run.trainable, self.run.state
+    if self.best:
+      self.trainable, self.val, self.selected_step = self.best["trainable"], self.best["val"], self.best["step"]
+
+  def check_finite(self, checkpoints) -> None:
+    bad = int(self.run.nan_step)
+    if bad >= 0:
+      good = checkpoints.manager.latest_step() if checkpoints else None
+      where = f"the last good checkpoint is of step {good}" if good is not None else "there is no checkpoint yet"
+      raise NotFinite(f"loss or gradient is not finite at step {bad}; {where}. Lower optim.lr, set optim.clip=1.0, or use "
+                      "dtype='float32'")
+
+  def save(self, checkpoints: Checkpoints, done: int) -> None:
+    notes = {"loader": self.loader.get_state(), "best": {k: v for k, v in self.best.items() if k != "trainable"}}
+    checkpoints.save(done, {"run": self.run, "best": self.best.get("trainable", self.run.trainable)}, notes)
+
+  def restore(self, checkpoints) -> int:
+    """Number of finished steps."""
+    found = checkpoints.restore({"run": self.run, "best": self.run.trainable}) if checkpoints else None
+    if self.folder:
+      self.folder.truncate(self.index, found[0] if found else 0)
+    if not found:
+      if checkpoints and not self.quiet:
+        say("fresh run")
+      return 0
+    step, arrays, notes = found
+    self.run = arrays["run"]
+    if notes["best"]:
+      self.best = {**notes["best"], "trainable": arrays["best"]}
+    self.loader.set_state(notes["loader"])
+    if not self.quiet:
+      say(f"resumed at step {step} of {self.total}")
+    return step
