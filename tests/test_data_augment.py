@@ -8,7 +8,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from transferlab.backbones.spec import Preprocessing
 from transferlab.data import PRESETS, Augmentation, normalise, preprocess
-from transferlab.data.augment import augment, color_jitter, crop_box, grayscale, preset, random_erasing, random_resized_crop
+from transferlab.data.augment import (
+    augment, color_jitter, crop_box, grayscale, preset, random_erasing, random_resized_crop)
 from transferlab.data.mix import cut_box, cutmix, mix, mixup, smooth_one_hot
 from transferlab.data.randaugment import OPERATIONS, Policy, apply_operation, parse_policy, rand_augment
 
@@ -83,7 +84,8 @@ def test_the_whole_image_at_scale_one():
 
 # Colour
 
-@pytest.mark.parametrize("position, enhancer", [(0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnhance.Color)])
+@pytest.mark.parametrize("position, enhancer", enumerate([
+    ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]))
 def test_color_jitter_of_one_property_is_pillows(position, enhancer):
   strengths = [0.0] * 4
   strengths[position] = 0.3
@@ -128,7 +130,8 @@ def test_grayscale_is_luma():
 def test_policy_strings():
   assert parse_policy("rand-m9-mstd0.5-inc1") == Policy(9, 2, 0.5)
   assert parse_policy("rand-m5-n3-inc1") == Policy(5, 3, 0)
-  for wrong in ("rand-m9", "rand-m9-inc0", "augmix-m3-inc1", "rand-m9-x2-inc1", "rand-inc1", "rand-m20-inc1", "rand-m9-mstd-inc1"):
+  for wrong in ("rand-m9", "rand-m9-inc0", "augmix-m3-inc1", "rand-m9-x2-inc1", "rand-inc1", "rand-m20-inc1",
+                "rand-m9-mstd-inc1"):
     with pytest.raises(ValueError, match="rand"):
       parse_policy(wrong)
 
@@ -165,8 +168,9 @@ def test_solarize_add_brightens_the_dark_half():
   assert np.array_equal(operation("solarize_add", 9), np.where(image < 128, np.minimum(255, image + 99), image))
 
 
-@pytest.mark.parametrize("name, enhancer", [("color", ImageEnhance.Color), ("contrast", ImageEnhance.Contrast),
-                                            ("brightness", ImageEnhance.Brightness), ("sharpness", ImageEnhance.Sharpness)])
+@pytest.mark.parametrize("name, enhancer", [
+    ("color", ImageEnhance.Color), ("contrast", ImageEnhance.Contrast), ("brightness", ImageEnhance.Brightness),
+    ("sharpness", ImageEnhance.Sharpness)])
 def test_enhancers_go_both_ways_from_one(name, enhancer):
   found = {operation(name, 9, seed).tobytes() for seed in range(10)}
   picture = Image.fromarray(noise())
@@ -185,7 +189,8 @@ def test_geometry_moves_by_the_level_and_fills():
   for name in ("shear_x", "shear_y", "rotate", "translate_x", "translate_y"):
     assert len({operation(name, 9, seed).tobytes() for seed in range(8)}) == 2, name  # the two signs
     assert operation(name, 0).tobytes() == image.tobytes()
-  turned = {np.asarray(Image.fromarray(image).rotate(a, Image.Resampling.BICUBIC, fillcolor=(1, 2, 3))).tobytes() for a in (-27, 27)}
+  turned = {np.asarray(Image.fromarray(image).rotate(a, Image.Resampling.BICUBIC, fillcolor=(1, 2, 3))).tobytes()
+            for a in (-27, 27)}
   assert {operation("rotate", 9, seed).tobytes() for seed in range(8)} == turned
   # A shear of 0.3 at level 10 moves the last of 40 rows by 0.3 * 39.5 pixels.
   line = np.zeros((40, 50, 3), np.uint8)
@@ -300,8 +305,9 @@ def test_presets_are_the_papers():
 
 
 @pytest.mark.parametrize("wrong", [
-    {"grayscale": 1.5}, {"scale": (0.5, 0.2)}, {"scale": (0.5, 2.0)}, {"color_jitter": (0.3, 0.3, 0.3)}, {"mixup": -1.0},
-    {"color_jitter": (0, 0, 0, 0.6)}, {"randaugment": "rand"}, {"crop_interpolation": "cubic"}, {"label_smoothing": 2}])
+    {"grayscale": 1.5}, {"scale": (0.5, 0.2)}, {"scale": (0.5, 2.0)}, {"color_jitter": (0.3, 0.3, 0.3)},
+    {"mixup": -1.0}, {"color_jitter": (0, 0, 0, 0.6)}, {"randaugment": "rand"}, {"crop_interpolation": "cubic"},
+    {"label_smoothing": 2}])
 def test_wrong_settings_are_refused(wrong):
   with pytest.raises(ValueError, match=next(iter(wrong))):
     Augmentation(**wrong)

@@ -124,6 +124,7 @@ def test_a_text_file_an_empty_file_a_missing_file_and_a_folder(tmp_path):
   bad(tmp_path / "folder.jpg")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow remarks on damaged TIFF tags
 def test_damaged_bytes_never_raise_anything_else(tmp_path, pixels):
   rng = np.random.default_rng(1)
   for suffix in ("jpg", "png", "tif", "gif", "webp", "bmp"):

@@ -23,7 +23,8 @@ def test_squash_is_pillows_resize(interpolation, shape):
   assert np.array_equal(preprocess(image, Preprocessing(32, interpolation)), expected)
 
 
-@pytest.mark.parametrize("shape, scaled", [((100, 60), (60, 36)), ((60, 100), (36, 60)), ((36, 36), (36, 36)), ((10, 25), (36, 90))])
+@pytest.mark.parametrize("shape, scaled", [
+    ((100, 60), (60, 36)), ((60, 100), (36, 60)), ((36, 36), (36, 36)), ((10, 25), (36, 90))])
 def test_centre_crop_is_resize_of_the_short_side_and_a_centred_cut(shape, scaled):
   image = noise(*shape)
   result = preprocess(image, Preprocessing(32, "bilinear", "center", 32 / 36))

@@ -128,8 +128,8 @@ def test_soft_labels_with_mixing_leave_the_filling_alone():
     assert batch["image"].dtype == np.float32 and not batch["image"][~real].any()
     assert (batch["image"][real].mean((1, 2, 3)) > 60).all()  # filling was not mixed in
     assert 0 <= batch["image"].min() and batch["image"].max() <= 255
-  smooth = train_loader(split_of(), P, batch_size=4, seed=0, augmentation=Augmentation(label_smoothing=0.3), num_classes=3)
-  batch = next(smooth)
+  a = Augmentation(label_smoothing=0.3)
+  batch = next(train_loader(split_of(), P, batch_size=4, seed=0, augmentation=a, num_classes=3))
   assert batch["image"].dtype == np.uint8
   np.testing.assert_allclose(batch["soft_label"][np.arange(4), batch["label"]], 0.8, rtol=1e-6)
 
@@ -147,7 +147,8 @@ def test_a_repeated_image_is_augmented_differently_in_a_batch_and_between_epochs
 @pytest.mark.parametrize("stop", [0, 1, 4, 7])
 def test_resume_is_bit_exact_within_and_between_epochs(augmentation, drop_last, stop):
   def make():
-    return train_loader(split_of(10), P, batch_size=4, seed=3, augmentation=augmentation, num_classes=3, drop_last=drop_last)
+    return train_loader(split_of(10), P, batch_size=4, seed=3, augmentation=augmentation, num_classes=3,
+                        drop_last=drop_last)
   whole = take(make(), 11)
   interrupted = make()
   take(interrupted, stop)

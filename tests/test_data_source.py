@@ -1,12 +1,12 @@
 """Folders, domain folders, lists, tables, arrays, digits, `from_string`: counts, labels, names, and each bad input."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import transferlab.data as data
 from transferlab.data import DataError
-
-from pathlib import Path
 
 REAL = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="real images are not beside this checkout (../shared/data)")
@@ -53,7 +53,8 @@ def test_the_automatic_split_depends_on_the_seed_only(tmp_path):
   assert data.image_folder(moved, seed=3).split_hash() == data.image_folder(root / "elsewhere", seed=3).split_hash()
 
 
-@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "valid", "TEST"), ("train", "validation", "testing")])
+@pytest.mark.parametrize("names", [
+    ("train", "val", "test"), ("Training", "valid", "TEST"), ("train", "validation", "testing")])
 def test_folder_with_splits(tmp_path, names):
   make(tmp_path, {f"{n}/{c}": k + 1 for k, n in enumerate(names) for c in "ab"})
   (tmp_path / "annotations").mkdir()
@@ -178,6 +179,8 @@ def test_bad_lists(tmp_path):
   (tmp_path / "d.txt").write_text("000.png 0\n001.png 5\n")
   task = data.list_files(tmp_path, "d.txt", class_names="ab", val_fraction=0, test_fraction=0)
   assert "label 5" in error_of(task.check)
+  (tmp_path / "f.txt").write_text("000.png 123456789\n")
+  assert "label 123456789" in error_of(lambda: data.list_files(tmp_path, "f.txt"))
   (tmp_path / "e.txt").write_text("000.png 1\n001.png 2\n")
   assert "count from 0" in error_of(data.list_files(tmp_path, "e.txt", val_fraction=0, test_fraction=0).check)
 
@@ -209,6 +212,8 @@ def test_bad_tables(tmp_path):
   assert "'nope'" in error_of(lambda: table("image,label\n000.png,1\n")(image_column="nope"))
   assert "line 3" in error_of(table("image,label\n000.png,1\n001.png\n"))
   assert "'dev'" in error_of(table("image,label,split\n000.png,1,dev\n"))
+  table('image,label,"a\nb"\n"000.png","1\n2",x\n001.png,2,y\n')  # line breaks within quotes
+  assert data.csv_file(tmp_path / "t.csv", val_fraction=0, test_fraction=0).class_names == ("1\n2", "2")
   assert "expected a header" in error_of(table("image,label\n"))
 
 
@@ -263,14 +268,16 @@ def test_digits_are_a_thousand_image_task():
 def test_from_string(tmp_path):
   make(tmp_path / "f", {"a": 5, "b": 5})
   assert data.from_string("digits?seed=1").split_hash() == data.digits(1).split_hash()
-  assert data.from_string(f"folder:{tmp_path}/f", seed=2).split_hash() == data.image_folder(tmp_path / "f", seed=2).split_hash()
-  assert counts(data.from_string(f"folder:{tmp_path}/f?val_fraction=0.4&test_fraction=0")) == {"train": [3, 3], "val": [2, 2]}
+  folder = f"folder:{tmp_path}/f"
+  assert data.from_string(folder, seed=2).split_hash() == data.image_folder(tmp_path / "f", seed=2).split_hash()
+  assert counts(data.from_string(f"{folder}?val_fraction=0.4&test_fraction=0")) == {"train": [3, 3], "val": [2, 2]}
   make(tmp_path / "d", {"x/a": 5, "x/b": 5, "y/a": 5, "y/b": 5})
   for text in (f"domains:{tmp_path}/d?test=y", f"domains:{tmp_path}/d?test_domain=y"):
     assert data.from_string(text, val_fraction=0.4).name == "d/y"
   (tmp_path / "f" / "l.txt").write_text("".join(f"{c}/{k:03d}.png {c}\n" for c in "ab" for k in range(5)))
   assert len(data.from_string(f"list:{tmp_path}/f?train=l.txt").splits["train"]) == 6
-  (tmp_path / "f" / "t.csv").write_text("file,class\n" + "".join(f"{c}/{k:03d}.png,{c}\n" for c in "ab" for k in range(5)))
+  table = "".join(f"{c}/{k:03d}.png,{c}\n" for c in "ab" for k in range(5))
+  (tmp_path / "f" / "t.csv").write_text(f"file,class\n{table}")
   assert len(data.from_string(f"csv:{tmp_path}/f/t.csv?image_column=file").splits["test"]) == 2
 
 

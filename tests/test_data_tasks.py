@@ -43,8 +43,8 @@ def test_hash_depends_on_keys_labels_and_order_and_is_pinned():
   a = data.Split("train", ("x", "y"), np.array([0, 1]), None)
   assert a.hash() == "bada210f11fd49b6"  # pinned: a saved adapter names its data by this
   assert a.hash() == data.Split("val", ("x", "y"), np.array([0, 1]), None).hash()
-  others = [data.Split("train", ("x", "z"), np.array([0, 1]), None), data.Split("train", ("x", "y"), np.array([1, 1]), None),
-            data.Split("train", ("y", "x"), np.array([1, 0]), None)]
+  others = [data.Split("train", keys, np.array(labels), None)
+            for keys, labels in ((("x", "z"), [0, 1]), (("x", "y"), [1, 1]), (("y", "x"), [1, 0]))]
   assert len({s.hash() for s in others} | {a.hash()}) == 4
 
 
@@ -114,6 +114,14 @@ def test_stratified_covers_every_row_once_and_every_class_everywhere():
   assert counts == {"train": [1, 5, 12, 50], "val": [1, 2, 5, 20], "test": [1, 3, 8, 30]}
 
 
+def test_a_small_fraction_of_a_small_class_is_one_image_and_train_keeps_one():
+  labels = np.zeros(4, np.int32)
+  assert {k: len(v) for k, v in stratified(labels, np.arange(4), {"val": 0.05}, "a", seed=0).items()} == {
+      "train": 3, "val": 1}
+  assert {k: len(v) for k, v in stratified(labels, np.arange(3), {"val": 0.5, "test": 0.4}, "a", seed=0).items()} == {
+      "train": 1, "val": 1, "test": 1}
+
+
 def test_stratified_is_pinned_and_classes_are_independent():
   labels = np.repeat([0, 1], 10)
   rows = stratified(labels, np.arange(20), {"val": 0.2}, "ab", seed=0)["val"].tolist()
@@ -132,7 +140,8 @@ def test_stratified_refuses_a_class_that_is_too_small():
 def test_complete_cuts_only_what_is_missing():
   labels = np.zeros(10, np.int32)
   def of(**splits):
-    done = complete({k: np.array(v) for k, v in splits.items()}, labels, "a", val_fraction=0.2, test_fraction=0.3, seed=0)
+    splits = {k: np.array(v) for k, v in splits.items()}
+    done = complete(splits, labels, "a", val_fraction=0.2, test_fraction=0.3, seed=0)
     return {k: len(v) for k, v in done.items()}
   assert of(train=range(10)) == {"train": 5, "val": 2, "test": 3}
   assert of(train=range(5), test=range(5, 10)) == {"train": 4, "val": 1, "test": 5}
@@ -167,5 +176,5 @@ def test_importing_the_package_brings_in_neither_jax_nor_tensorflow():
           f"stub.__path__ = [{str(PACKAGE.parent / 'backbones')!r}]; sys.modules['transferlab.backbones'] = stub; "
           "before = set(sys.modules); import transferlab.data; "
           "print(sorted((set(sys.modules) - before) & {'jax', 'jaxlib', 'flax', 'tensorflow', 'grain', 'sklearn'}))")
-  out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent.parent, check=True)
+  out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parents[1], check=True)
   assert out.stdout.strip() == "[]"

@@ -72,6 +72,7 @@ def evaluate(argv: list[str]) -> None:
   values = _flags(adapter=("", "adapter.safetensors of a run; without it the head that the weights carry is evaluated"),
                   backbone=_BACKBONE, data=("", "what to evaluate on, e.g. folder:/images"),
                   split=("test", "train, val, test, or all of them"), classes=("", "JSON list of the head's class names"),
+                  preprocessing=("", "changes to that of the weights, e.g. interpolation=bilinear,crop=squash; heads only"),
                   out=("", "folder for confusion.csv and confusion.png"), batch_size=(64, "images at once"),
                   json=(False, "print one JSON object"))
   _parse(values, argv, "eval")
@@ -79,7 +80,8 @@ def evaluate(argv: list[str]) -> None:
   from transferlab import data, serve
   from transferlab.evaluate import write_confusion
   task = data.from_string(values.data)
-  classifier = serve.load(values.adapter or None, values.backbone, class_names=_class_names(values.classes))
+  classifier = serve.load(values.adapter or None, values.backbone, class_names=_class_names(values.classes),
+                          preprocessing=values.preprocessing)
   found = serve.evaluate(classifier, task, values.split, batch_size=values.batch_size)
   each = dict(zip(classifier.class_names, found.per_class.tolist()))
   if values.json:

@@ -25,6 +25,7 @@ class Experiment:
     backbone: a zoo name, a weights file or folder, or "hf:owner/name".
     architecture: what the weights are expected to be, "" to infer it.
     image_size: pixels, 0 for the weights' own; the position table is resampled.
+    preprocessing: changes to the weights' own, "interpolation=bilinear,crop=squash", for files that store none.
     download: allow a zoo entry to be fetched.
     method: a registered name; its options are under `options`.
   """
@@ -32,6 +33,7 @@ class Experiment:
   backbone: str = "vit_formula64"
   architecture: str = ""
   image_size: int = 0
+  preprocessing: str = ""
   download: bool = False
   method: str = "linear"
 
@@ -85,4 +87,5 @@ def run(config: Any, workdir=None, quiet: bool = False) -> Fit:
   task = data.from_string(experiment.data)
   weights = load_weights(experiment.backbone, architecture=experiment.architecture or None,
                          image_size=experiment.image_size or None, download=experiment.download)
+  weights = weights._replace(preprocessing=weights.preprocessing.changed(experiment.preprocessing))
   return fit(weights, experiment.method, task, recipe, options=options, workdir=workdir, quiet=quiet)

@@ -39,21 +39,23 @@ class Classifier(NamedTuple):
     return np.concatenate(found)
 
 
-def load(adapter=None, weights=None, *, class_names=None) -> Classifier:
+def load(adapter=None, weights=None, *, class_names=None, preprocessing: str = "") -> Classifier:
   """Loads an adapter with its backbone, or the head of some weights.
 
   Args:
     adapter: path of an adapter file; None uses the head that `weights` carry.
     weights: Weights, or a source for `load_weights`; an adapter on a zoo backbone finds its own.
     class_names: names of the head's columns, for heads only; default "0", "1", ….
+    preprocessing: changes to that of the weights, for heads only; see `Preprocessing.changed`.
 
   Raises:
     ValueError: weights the adapter was not trained on, no head in the file, another number of classes.
   """
   if adapter is None:
-    return _of_head(_weights(weights), class_names)
-  if class_names is not None:
-    raise ValueError("an adapter has its own class names; class_names is for heads of weights files")
+    weights = _weights(weights)
+    return _of_head(weights._replace(preprocessing=weights.preprocessing.changed(preprocessing)), class_names)
+  if class_names is not None or preprocessing:
+    raise ValueError("an adapter has its own class names and preprocessing; leave classes and preprocessing out")
   found = load_adapter(adapter)
   if weights is None:
     if found.backbone["name"] not in zoo.ZOO:

@@ -44,6 +44,21 @@ class Preprocessing:
     crop = self.crop if self.crop == "squash" else f"centre crop {self.crop_fraction:g}"
     return f"{self.image_size} px, {self.interpolation}, {crop}, mean {tuple(self.mean)}, std {tuple(self.std)}"
 
+  def changed(self, text: str) -> "Preprocessing":
+    """With some fields replaced, "interpolation=bilinear,crop=squash"; for files that store no preprocessing of their own."""
+    fields = {f.name: f for f in dataclasses.fields(self) if f.name != "image_size"}
+    changes = {}
+    for part in filter(None, text.split(",")):
+      name, equals, value = part.partition("=")
+      if not equals or name not in fields:
+        raise ValueError(f"preprocessing {part!r} is not understood; expected name=value with a name of {', '.join(fields)} "
+                         "(mean and std as 0.5/0.5/0.5)")
+      try:
+        changes[name] = {"mean": _triple, "std": _triple, "crop_fraction": float}.get(name, str)(value)
+      except ValueError:
+        raise ValueError(f"preprocessing {part!r}: {value!r} is not a number") from None
+    return dataclasses.replace(self, **changes)
+
   def to_dict(self) -> dict:
     return dataclasses.asdict(self)
 
@@ -54,6 +69,10 @@ class Preprocessing:
       if name in fields:
         fields[name] = tuple(float(x) for x in fields[name])
     return cls(**fields)
+
+
+def _triple(text: str) -> tuple[float, ...]:
+  return tuple(float(x) for x in text.split("/"))
 
 
 class BlockShape(NamedTuple):

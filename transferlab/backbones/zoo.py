@@ -1,7 +1,8 @@
 """The weights to start with, by name: `architecture.training`. Any other file loads too, by its path.
 
 "ViT-B/16 ImageNet-21k" is two different files in the literature: DTL and FacT adapt the original release, SSF the
-AugReg one. They have two names here and are never mixed. Preprocessing is that of timm's copies (timm vision_transformer.py).
+AugReg one. They have two names here and are never mixed. Preprocessing is that of timm's copies
+(timm vision_transformer.py, default_cfgs).
 Hashes are those of `weights_hash`, and None where this project has not had the file in its hands.
 """
 from typing import NamedTuple

@@ -14,6 +14,8 @@ from transferlab.backbones.spec import INTERPOLATIONS, Preprocessing
 from transferlab.data.image import preprocess, resize
 from transferlab.data.randaugment import parse_policy, rand_augment
 
+Range = tuple[float, float]  # low, high
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -22,8 +24,8 @@ class Augmentation:
   The defaults of the ranges are those of torchvision and timm, which the papers' code uses.
   """
   random_resized_crop: bool = False             # replaces the preprocessing's resize and crop
-  scale: tuple[float, float] = (0.08, 1.0)      # area of the crop
-  ratio: tuple[float, float] = (3 / 4, 4 / 3)   # width / height of the crop
+  scale: Range = (0.08, 1.0)                    # area of the crop
+  ratio: Range = (3 / 4, 4 / 3)                 # width / height of the crop
   crop_interpolation: str | None = None         # None: the preprocessing's
   flip: bool = False                            # left-right, probability 1/2
   color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
@@ -117,15 +119,15 @@ def augment(image: np.ndarray, augmentation: Augmentation, preprocessing: Prepro
   return image  # [S, S, 3]
 
 
-def random_resized_crop(image: np.ndarray, size: int, rng: np.random.Generator, scale: tuple[float, float] = (0.08, 1.0),
-                        ratio: tuple[float, float] = (3 / 4, 4 / 3), interpolation: str = "bicubic") -> np.ndarray:
+def random_resized_crop(image: np.ndarray, size: int, rng: np.random.Generator, scale: Range = (0.08, 1.0),
+                        ratio: Range = (3 / 4, 4 / 3), interpolation: str = "bicubic") -> np.ndarray:
   """A random part of uint8 [H, W, 3], resized to [size, size, 3]."""
   top, left, height, width = crop_box(*image.shape[:2], rng, scale, ratio)
   return resize(image[top:top + height, left:left + width], size, size, interpolation)
 
 
-def crop_box(height: int, width: int, rng: np.random.Generator, scale: tuple[float, float],
-             ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+def crop_box(height: int, width: int, rng: np.random.Generator, scale: Range, ratio: Range
+             ) -> tuple[int, int, int, int]:
   """top, left, height, width: area uniform in `scale`, log aspect uniform, as torchvision's RandomResizedCrop.
 
   After ten boxes that do not fit, the largest central one whose aspect is in `ratio`.
@@ -143,9 +145,10 @@ def crop_box(height: int, width: int, rng: np.random.Generator, scale: tuple[flo
 
 def color_jitter(image: np.ndarray, rng: np.random.Generator, brightness: float, contrast: float, saturation: float,
                  hue: float) -> np.ndarray:
-  """Factors uniform in 1 +- strength (hue: a shift in +- strength turns), in random order; uint8 [H, W, 3] both ways."""
+  """uint8 [H, W, 3] -> the same; factors uniform in 1 +- strength (hue: a shift in +- strength turns), random order."""
   picture = Image.fromarray(np.ascontiguousarray(image))
-  enhancers = ((ImageEnhance.Brightness, brightness), (ImageEnhance.Contrast, contrast), (ImageEnhance.Color, saturation))
+  enhancers = ((ImageEnhance.Brightness, brightness), (ImageEnhance.Contrast, contrast),
+               (ImageEnhance.Color, saturation))
   for step in rng.permutation(4):
     if step == 3 and hue:
       picture = _shift_hue(picture, rng.uniform(-hue, hue))
@@ -167,7 +170,7 @@ def grayscale(image: np.ndarray) -> np.ndarray:
 
 
 def random_erasing(image: np.ndarray, rng: np.random.Generator, preprocessing: Preprocessing,
-                   area: tuple[float, float] = (0.02, 1 / 3), ratio: tuple[float, float] = (0.3, 1 / 0.3)) -> np.ndarray:
+                   area: Range = (0.02, 1 / 3), ratio: Range = (0.3, 1 / 0.3)) -> np.ndarray:
   """Fills one box of float32 [H, W, 3] with noise that is standard normal once the pixels are normalised.
 
   Zhong et al. 2020, arXiv 1708.04896, in timm's "pixel" mode (random_erasing.py at 066e490). Noise is on the 0..255

@@ -1,4 +1,4 @@
-"""The pass over all images before step 1: finds those that cannot be read, and keeps the pixels if they fit in memory."""
+"""The pass over all images before step 1: finds those that cannot be read, keeps the pixels if they fit in memory."""
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,32 +58,33 @@ def load(split: Split, preprocessing: Preprocessing | None, *, cache: bool | str
     bad_images: "error" or "skip".
   """
   if bad_images not in ("error", "skip") or cache not in (True, False, "auto"):
-    raise ValueError(f"bad_images is {bad_images!r} and cache {cache!r}; expected 'error' or 'skip', and True, False or "
-                     "'auto'")
+    raise ValueError(f"bad_images is {bad_images!r} and cache {cache!r}; expected 'error' or 'skip', and True, False "
+                     "or 'auto'")
   if not len(split):
     raise DataError(f"split {split.name!r} has no image; expected at least one")
   size = len(split) * 3 * preprocessing.image_size**2 if preprocessing else 0
   keep = cache is True or cache == "auto" and size <= budget
   if not keep and split.verified:
     return Examples(split, np.arange(len(split), dtype=np.int32), None, ())
-  kept, rows, problems = [], [], []
-  used = 0
+  # Preprocessed images go into one array at once; a list stacked at the end would need the memory twice.
+  kept = np.empty((len(split), *[preprocessing.image_size] * 2, 3), np.uint8) if keep and preprocessing else []
+  rows, problems, used = [], [], 0
   for row, image in enumerate(_decode_all(split, preprocessing if keep else None, progress)):
     if isinstance(image, BadImage):
       problems.append(str(image))
       continue
-    rows.append(row)
-    if keep:
+    if keep and preprocessing:
+      kept[len(rows)] = image
+    elif keep:
       kept.append(image)
       used += image.nbytes
-      if cache == "auto" and used > budget:  # originals: their size shows only now
+      if cache == "auto" and used > budget:  # the size of originals shows only now
         keep = False
         kept.clear()
+    rows.append(row)
   _report(split, problems, bad_images)
   split = replace(split.select(rows) if problems else split, verified=True)
-  # A list, not one array, until here: only now is it known how many there are.
-  images = np.stack(kept) if keep and preprocessing else kept if keep else None
-  return Examples(split, np.array(rows, np.int32), images, tuple(problems))
+  return Examples(split, np.array(rows, np.int32), kept[:len(rows)] if keep else None, tuple(problems))
 
 
 def _decode_all(split: Split, preprocessing: Preprocessing | None, progress: Progress | None
@@ -107,5 +108,5 @@ def _report(split: Split, problems: list[str], bad_images: str) -> None:
   if len(problems) == len(split):
     raise DataError(f"none of the {len(split)} images of split {split.name!r} can be read; first: {problems[0]}")
   if problems and bad_images == "error":
-    raise BadImage(f"{len(problems)} of {len(split)} images of split {split.name!r} cannot be read; first: {problems[0]}; "
-                   "replace or remove them, or leave them out with --bad_images=skip")
+    raise BadImage(f"{len(problems)} of {len(split)} images of split {split.name!r} cannot be read; first: "
+                   f"{problems[0]}; replace or remove them, or leave them out with --bad_images=skip")

@@ -1,5 +1,6 @@
 """Tasks from text: list files of `path label` lines, and CSV tables."""
 import csv
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from transferlab.data.tasks import DataError, Split, Task, _some
 
 IMAGE_COLUMNS = ("image", "file", "path", "filename", "file_name", "filepath", "image_path")
 LABEL_COLUMNS = ("label", "class", "target", "class_name")
+MAX_CLASSES = 1_000_000
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 
 
@@ -61,8 +63,8 @@ def csv_file(path: str | os.PathLike, image_column: str | None = None, label_col
   split = _column(path, header, split_column, SPLIT_COLUMNS, "split_column", needed=split_column is not None)
   for line, record in records:
     if len(record) != len(header) or not record[image] or not record[label]:
-      raise DataError(f"{path} line {line} has {len(record)} fields ({_some(record)}); expected {len(header)} as in the "
-                      "header, with an image and a label")
+      raise DataError(f"{path} line {line} has {len(record)} fields ({_some(record)}); expected {len(header)} as in "
+                      "the header, with an image and a label")
   rows = [(record[image], record[label]) for _, record in records]
   if split is None:
     splits = {"train": np.arange(len(rows))}
@@ -75,7 +77,7 @@ def csv_file(path: str | os.PathLike, image_column: str | None = None, label_col
 
 def _read_list(path: Path) -> list[tuple[str, str]]:
   try:
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    lines = path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` also cuts at rarer characters
   except (OSError, UnicodeDecodeError) as e:
     raise DataError(f"cannot read the list {path} ({e}); expected a text file of `path label` lines") from None
   rows = []
@@ -97,7 +99,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     raise DataError(f"cannot read the table {path} ({e}); expected a CSV file with a header") from None
   first = text.partition("\n")[0]
   separator = max(",;\t", key=first.count)
-  reader = csv.reader(text.splitlines(), delimiter=separator)
+  reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
   lines = [(reader.line_num, [field.strip() for field in record]) for record in reader if any(record)]
   if len(lines) < 2:
     raise DataError(f"the table {path} has {len(lines)} lines; expected a header and at least one image")
@@ -134,7 +136,7 @@ def _table_task(name: str, root: Path, rows: list[tuple[str, str]], splits: dict
 
 
 def index_labels(labels: Sequence[str], class_names: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
-  """Labels as text -> class indices int32 [N] and the class names.
+  """Labels as text -> class indices int [N] and the class names.
 
   If every label is a whole number they are indices (unless they are the very class names); otherwise they are names.
   Indices are not checked here: `Task.check` names the example whose label is out of range.
@@ -142,7 +144,10 @@ def index_labels(labels: Sequence[str], class_names: Sequence[str] | None) -> tu
   names = None if class_names is None else tuple(str(n) for n in class_names)
   whole = all(text.lstrip("-").isdecimal() for text in labels)
   if whole and not (names and set(labels) <= set(names)):
-    indices = np.array([int(text) for text in labels], np.int32)
+    indices = np.array([int(text) for text in labels])
+    if indices.max() >= MAX_CLASSES:
+      raise DataError(f"label {indices.max()} is too large for a class index; expected 0..C-1 or class names; "
+                      "is this the right column?")
     return indices, names or tuple(str(i) for i in range(max(indices.max() + 1, 0)))
   names = names or tuple(sorted(set(labels)))
   unknown = sorted(set(labels) - set(names))

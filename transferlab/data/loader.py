@@ -123,8 +123,8 @@ class TrainLoader:
     """Raises `DataError` where the state comes from other data, another seed or another batch size."""
     for name, value in self._identity.items():
       if state.get(name) != value:
-        raise DataError(f"the saved data position has {name} {state.get(name)!r}; this run has {value!r}; continue with "
-                        "the same data and options, or start in another workdir")
+        raise DataError(f"the saved data position has {name} {state.get(name)!r}; this run has {value!r}; continue "
+                        "with the same data and options, or start in another workdir")
     self.close()
     self._step = int(state["step"])
 

@@ -120,8 +120,8 @@ def from_string(text: str, **options) -> Task:
   kind, _, path = head.partition(":")
   if kind not in KINDS:
     hint = f"; did you mean 'folder:{text}'?" if os.path.isdir(head) else _nearest(kind, KINDS)
-    raise DataError(f"data {text!r} is of no known kind; expected {', '.join(k + ':<path>' for k in KINDS if k != 'digits')}"
-                    f" or digits{hint}")
+    kinds = ", ".join(f"{k}:<path>" for k in KINDS if k != "digits")
+    raise DataError(f"data {text!r} is of no known kind; expected {kinds} or digits{hint}")
   make = KINDS[kind]
   parameters = inspect.signature(make).parameters
   if ("root" in parameters or "path" in parameters) != bool(path):

@@ -36,7 +36,8 @@ def complete(splits: dict[str, np.ndarray], groups: np.ndarray, group_names: Seq
 
 def stratified(groups: np.ndarray, rows: np.ndarray, fractions: dict[str, float], group_names: Sequence[str],
                seed: int, strict: bool = True) -> dict[str, np.ndarray]:
-  """Cuts `rows` int [n] into "train" and the named parts, each group in the given proportions, at least one row each."""
+  """Cuts `rows` int [n] into "train" and the named parts: each group in the given proportions, at least one row each.
+  """
   parts = {name: f for name, f in fractions.items() if f > 0}
   chosen = {name: [] for name in ("train", *parts)}
   for group in np.unique(groups[rows]).tolist():

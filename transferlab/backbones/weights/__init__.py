@@ -78,15 +78,15 @@ def load_weights(source, *, architecture: str | None = None, image_size: int | N
   try:
     return _load(origin, architecture, image_size, preprocessing, heads, gelu)
   except ValueError as error:
-    known = isinstance(error, WeightsError) and str(error).startswith((origin.path.name, origin.name))
-    raise error if known else WeightsError(f"{origin.name}: {error}") from error
+    named = str(error).startswith((origin.path.name, origin.source))
+    raise WeightsError(str(error) if named else f"{origin.source}: {error}") from error
 
 
 def _load(origin: Origin, wanted, image_size, preprocessing, heads, gelu) -> Weights:
   layout = layouts.recognise(*_read(origin), origin.config, origin.preprocessor)
   asked = [backbones.architecture(name) for name in (wanted, origin.entry and origin.entry.architecture) if name]
   if heads is None and asked and "heads" not in layout.facts:
-    heads = _heads_of(layout, asked[0])
+    heads = _heads_of(layout, asked[0], origin.path.name)
   spec = layouts.infer(layout, heads, gelu)
   for other in asked:
     _check_variant(origin.path.name, spec, other)
@@ -125,9 +125,12 @@ def _read(origin: Origin):
   return files.read_sharded(origin.path) if origin.path.suffix == ".json" else files.read_safetensors(origin.path)
 
 
-def _heads_of(layout: layouts.Layout, asked: ViTSpec) -> int | None:
-  """The asked architecture's heads, if the file has its width: heads show in no shape of theirs."""
-  return asked.heads if layouts.width(layout) == asked.width else None
+def _heads_of(layout: layouts.Layout, asked: ViTSpec, file: str) -> int | None:
+  """The asked architecture's heads, for a file whose shapes do not show them; None if another known width tells them."""
+  D = layouts.width(layout)
+  if D not in {spec.width for spec in backbones.ARCHITECTURES.values()}:
+    raise WeightsError(f"{file} is a ViT of width {D}; you asked for {asked.name}, which has width {asked.width}")
+  return asked.heads if D == asked.width else None
 
 
 def _check_variant(file: str, spec: ViTSpec, asked: ViTSpec):

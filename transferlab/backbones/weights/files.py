@@ -182,5 +182,6 @@ def _write(path, write: Callable[[Path], object]) -> Path:
   except (OSError, safetensors.SafetensorError) as error:
     raise WeightsError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      temporary.unlink()
   return path

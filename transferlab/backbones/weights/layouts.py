@@ -26,8 +26,9 @@ UNSUPPORTED = {  # parts of names that belong to relatives of the plain ViT -> w
     ".ls1.": "layer scale", "gamma_1": "layer scale", "layer_scale": "layer scale", "w12": "a SwiGLU MLP",
     "fc1_g": "a SwiGLU MLP", "reg_token": "register tokens", "register": "register tokens",
     "q_norm": "normalised queries", "dist_token": "a distillation token", "distillation": "a distillation token",
-    "norm_pre": "a norm before the blocks (CLIP)", "visual.": "a CLIP image tower", "vision_model": "a CLIP image tower",
-    "decoder": "a decoder", "img/": "two towers", "rel_pos": "relative positions", "relative_position": "relative positions",
+    "norm_pre": "a norm before the blocks (CLIP)", "visual.": "a CLIP image tower", "img/": "two towers",
+    "vision_model": "a CLIP image tower", "decoder": "a decoder", "rel_pos": "relative positions",
+    "relative_position": "relative positions",
     "layers.0.blocks": "stages (Swin)", "conv_root": "a ResNet stem", "layer1.": "a ResNet"}
 
 
@@ -36,7 +37,7 @@ class Layout(NamedTuple):
 
   Fields:
     name: "native", "google", "timm" or "huggingface".
-    arrays: {name as in `rules`: float32 array}; emptied while it is converted.
+    arrays: {name as in `rules`: float32 array}; consumed by the conversion.
     rules: the table of names.
     facts: fields of the spec that the file or its configuration states.
     preprocessing: image_size -> Preprocessing or None, from the file's own configuration.
@@ -79,7 +80,7 @@ def stored(what: str):
     raise WeightsError(f"{what} stored with these weights cannot be used: {type(error).__name__}: {error}") from error
 
 
-def recognise(arrays: dict[str, np.ndarray], metadata: dict[str, str], config: dict, preprocessor: dict | None) -> Layout:
+def recognise(arrays: dict[str, np.ndarray], metadata: dict, config: dict, preprocessor: dict | None) -> Layout:
   """The layout of a file's arrays; `config` and `preprocessor` are the JSON files beside it, {} and None without."""
   with stored("the configuration"):
     return _recognise(arrays, metadata, config, preprocessor)
@@ -95,8 +96,8 @@ def _recognise(arrays, metadata, config, preprocessor) -> Layout:
   for prefix in ("vit.", ""):
     if f"{prefix}embeddings.patch_embeddings.projection.weight" in arrays:
       return _huggingface(arrays, prefix, config, preprocessor)
-  raise WeightsError(f"no ViT found among the {len(arrays)} parameters ({', '.join(list(arrays)[:3])}, …): expected the "
-                     f"names of timm, of Hugging Face's ViT or of transferlab{hint(arrays)}")
+  raise WeightsError(f"no ViT found among the {len(arrays)} parameters ({', '.join(list(arrays)[:3])}, …): expected "
+                     f"the names of timm, of Hugging Face's ViT or of transferlab{hint(arrays)}")
 
 
 def _native(arrays, header: dict) -> Layout:
@@ -172,22 +173,15 @@ def infer(layout: Layout, heads: int | None = None, gelu: str | None = None) -> 
   if depth > MAX_DEPTH:
     raise WeightsError(f"the file names block {depth - 1}; expected at most {MAX_DEPTH} blocks")
   facts = dict(layout.facts)
-  known = {(s.width, s.mlp_width): s.heads for s in ARCHITECTURES.values()}
-  if heads is not None and facts.get("heads", heads) != heads:
-    raise WeightsError(f"you asked for {heads} attention heads; the file has {facts['heads']}")
-  heads = heads or facts.get("heads") or known.get((D, mlp))
-  if heads is None:
-    raise WeightsError(f"the number of attention heads cannot be told from shapes of width {D}, MLP width {mlp}; "
-                       "pass heads= or an architecture=")
-  if not isinstance(heads, int) or heads < 1 or not 0 < facts["norm_eps"] < 1:
-    raise WeightsError(f"the configuration says {heads!r} attention heads and LayerNorm eps {facts['norm_eps']!r}; "
-                       "expected a positive whole number and a small positive one")
+  heads = _heads(facts.get("heads"), heads, D, mlp)
+  if not 0 < facts["norm_eps"] < 1:
+    raise WeightsError(f"the configuration says LayerNorm eps {facts['norm_eps']}; expected a small positive number")
   class_token, side = _positions(layout)
   try:
     spec = ViTSpec("vit", side * patch, patch, D, depth, heads, mlp, class_token, facts["pool"], facts["norm_eps"],
                    gelu or facts["gelu"], _find(layout, "block_{i:02d}/qkv/bias").at(0).foreign[0] in layout.arrays)
   except (TypeError, ValueError) as error:
-    raise WeightsError(f"the file's sizes do not make a ViT: {error}") from error
+    raise WeightsError(f"no ViT can be made of this: {error}") from error
   spec = dataclasses.replace(spec, name=facts.get("name") or variant(spec))
   if wrong := [f"{field} {facts[field]!r} and {value!r}" for field, value in spec.to_dict().items()
                if layout.name == "native" and field != "gelu" and value != facts[field]]:
@@ -200,6 +194,20 @@ def variant(spec: ViTSpec) -> str:
   sizes = lambda s: (s.width, s.depth, s.heads, s.mlp_width, s.patch_size)
   return next((name for name, other in ARCHITECTURES.items() if sizes(other) == sizes(spec)),
               f"vit_w{spec.width}_d{spec.depth}_p{spec.patch_size}")
+
+
+def _heads(stated, asked: int | None, D: int, mlp: int) -> int:
+  """Heads show in no shape but Google's: the file's own word, then the caller's, then the width of a known ViT."""
+  known = {(s.width, s.mlp_width): s.heads for s in ARCHITECTURES.values()}
+  if asked is not None and stated is not None and asked != stated:
+    raise WeightsError(f"you asked for {asked} attention heads; the file has {stated}")
+  heads = next((h for h in (stated, asked, known.get((D, mlp))) if h is not None), None)
+  if heads is None:
+    raise WeightsError(f"the number of attention heads cannot be told from width {D} and MLP width {mlp}; pass heads= "
+                       "or an architecture=")
+  if not isinstance(heads, int) or heads < 1:
+    raise WeightsError(f"the number of attention heads is {heads!r}; expected a positive whole number")
+  return heads
 
 
 def _find(layout: Layout, native: str) -> names.Rule:
@@ -223,8 +231,8 @@ def width(layout: Layout) -> int:
 def _patch(layout: Layout) -> tuple[int, int]:
   p, q, channels, D = _get(layout, _find(layout, "patch_kernel"), 4)
   if p != q or channels != 3:
-    raise WeightsError(f"the patch embedding takes {p} x {q} patches of {channels} channels; expected square patches of "
-                       f"an RGB image{hint(layout.arrays)}")
+    raise WeightsError(f"the patch embedding takes {p} x {q} patches of {channels} channels; expected square patches "
+                       f"of an RGB image{hint(layout.arrays)}")
   return D, p
 
 
@@ -238,6 +246,7 @@ def _positions(layout: Layout) -> tuple[bool, int]:
     rows += 1
   side = math.isqrt(max(rows - class_token, 0))
   if not side or side * side + class_token != rows:
-    raise WeightsError(f"{rule.foreign[0]} has {rows} rows, which is no square grid{' and a class token' * class_token}: "
-                       f"rectangular tables are not supported{hint(layout.arrays)}")
+    expected = "a square grid" + " and a class token" * class_token
+    raise WeightsError(f"{rule.foreign[0]} has {rows} rows; expected {expected} (rectangular tables are not supported)"
+                       f"{hint(layout.arrays)}")
   return class_token, side

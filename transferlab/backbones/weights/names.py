@@ -132,8 +132,11 @@ def expand(rules: Sequence[Rule], depth: int) -> dict[str, Rule]:
 
 
 def to_native(rules: dict[str, Rule], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """{our name: contiguous array} of a file's arrays, whose names and shapes must have been checked."""
-  load = lambda rule: np.ascontiguousarray(rule.transform.load([arrays[name] for name in rule.foreign]))
+  """{our name: contiguous array} of a file's arrays, whose names and shapes must have been checked.
+
+  What is converted leaves `arrays`, so that a large file is not held twice.
+  """
+  load = lambda rule: np.ascontiguousarray(rule.transform.load([arrays.pop(name) for name in rule.foreign]))
   return {name: load(rule) for name, rule in rules.items()}
 
 
