@@ -61,3 +61,10 @@ def test_equals_the_hugging_face_processor():
   p = Preprocessing(32, "bilinear")
   images = normalise(np.stack([preprocess(image, p) for image in golden["raw_uint8_nhwc"]]), p)
   np.testing.assert_allclose(images.transpose(0, 3, 1, 2), golden["images"], atol=1e-6)
+
+
+def test_squash_with_a_crop_resizes_both_sides_and_cuts_the_centre():
+  image = np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8)
+  found = preprocess(image, Preprocessing(28, "bicubic", "squash", 0.875))
+  resized = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC))
+  np.testing.assert_array_equal(found, resized[2:30, 2:30])

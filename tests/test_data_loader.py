@@ -213,6 +213,8 @@ def test_unreadable_images_in_evaluation(folder):
     eval_loader(split, P, batch_size=4)
   batches = list(eval_loader(split, P, batch_size=4, bad_images="skip"))
   assert np.concatenate([b["index"] for b in batches]).tolist() == [0, 1, 3, 4, 5, 6, 7, -1]
+  images = np.concatenate([b["image"] for b in batches])[:7]  # each still has its own pixels
+  assert np.array_equal(images, np.stack([preprocess(split.read(i), P) for i in (0, 1, 3, 4, 5, 6, 7)]))
 
 
 def test_a_class_that_loses_all_images(folder):

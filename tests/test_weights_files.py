@@ -43,7 +43,8 @@ def marker():
 def tiny(tmp_path):
   """A stored backbone of ours and an npz of the same sizes in Google's layout."""
   rng = np.random.default_rng(0)
-  params = {n: rng.normal(size=leaf.shape).astype(np.float32) for n, leaf in tree.flatten(abstract_params(TINY)).items()}
+  shapes = {name: leaf.shape for name, leaf in tree.flatten(abstract_params(TINY)).items()}
+  params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
   return save_weights(tree.unflatten(params), tmp_path / "tiny.safetensors", TINY, preprocessing=Preprocessing(16))
 
 
@@ -134,8 +135,10 @@ def test_any_cut_is_refused_and_any_flip_refused_or_harmless(tmp_path, tiny):
   rng = np.random.default_rng(1)
   for source, read in ((tiny, lambda p: load_weights(p).params), (tmp_path / "tiny.npz", read_npz)):
     whole = source.read_bytes()
-    cases = [whole[:n] for n in (0, 1, 8, 100, *rng.integers(100, len(whole), 20), len(whole) - 1)] + [whole + b"\0" * 8]
-    for position in [*rng.integers(0, len(whole), 30), *rng.integers(0, 2000, 30), *(len(whole) - rng.integers(1, 1500, 30))]:
+    cuts = (0, 1, 8, 100, *rng.integers(100, len(whole), 10), len(whole) - 1)
+    cases = [whole[:n] for n in cuts] + [whole + b"\0" * 8]
+    positions = (rng.integers(0, len(whole), 15), rng.integers(0, 2000, 15), len(whole) - rng.integers(1, 1500, 15))
+    for position in np.concatenate(positions):
       cases.append(whole[:position] + bytes([whole[position] ^ 1 << int(rng.integers(8))]) + whole[position + 1:])
     for i, case in enumerate(cases):
       bad = tmp_path / f"bad{source.suffix}"
@@ -146,7 +149,7 @@ def test_any_cut_is_refused_and_any_flip_refused_or_harmless(tmp_path, tiny):
         assert "\n" not in str(error)
         continue
       # bytes after the archive, a flip in its unused fields, or (safetensors has no checksum) in a number or free text
-      assert i >= 25, f"cut {i} of {source.suffix} was accepted"
+      assert i >= len(cuts), f"cut {i} of {source.suffix} was accepted"
       if source.suffix == ".npz":
         names = [n.removeprefix("x/") for n in found]
         assert all(np.array_equal(found[f"x/{n}"], arrays[n]) for n in names if n in arrays)
@@ -159,16 +162,17 @@ def test_shards(tmp_path, tiny):
   folder = tmp_path / "sharded"
   folder.mkdir()
   (folder / "config.json").write_bytes((COPIES / "timm_vit" / "config.json").read_bytes())
-  parts = {"model-00001-of-00002.safetensors": sorted(arrays)[:20], "model-00002-of-00002.safetensors": sorted(arrays)[20:]}
+  one, two = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+  parts = {one: sorted(arrays)[:20], two: sorted(arrays)[20:]}
   for file, members in parts.items():
     safetensors.numpy.save_file({n: arrays[n] for n in members}, folder / file)
   index = folder / "model.safetensors.index.json"
   where = {n: file for file, members in parts.items() for n in members}
   index.write_text(json.dumps({"weight_map": where}))
   assert load_weights(folder, heads=3).hash == load_weights(COPIES / "timm_vit", heads=3).hash
-  for changed, word in (({"a": "../../tiny.safetensors"}, "same folder"), ({"a": "model-3.safetensors"}, "fetch all shards"),
-                        (where | {"norm.bias": "model-00001-of-00002.safetensors"}, "two versions"),
-                        (where | {"x": "model-00001-of-00002.safetensors"}, "no shard holds"), ({}, "weight_map")):
+  for changed, word in (({"a": "../../tiny.safetensors"}, "same folder"), ({"a": "3.safetensors"}, "fetch all shards"),
+                        (where | {"norm.bias": one}, "two versions"), (where | {"x": one}, "no shard holds"),
+                        ({}, "weight_map")):
     index.write_text(json.dumps({"weight_map": changed}))
     refused(folder, word, heads=3)
   index.write_text("{")

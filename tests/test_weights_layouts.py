@@ -1,5 +1,6 @@
 """Every layout gives the activations of the original implementation at every block, and the same parameters."""
 import dataclasses
+import functools
 from pathlib import Path
 
 import chex
@@ -31,10 +32,14 @@ def record(carry, site, y, x):
   return {**carry, site: y}, y
 
 
+@functools.cache
+def compiled(spec):
+  return jax.jit(lambda params, x: build(spec).apply(params, x, record, {}))
+
+
 def run(weights, images):
   """Every site, "features" and "logits" for images [B, 3, S, S] as the goldens have them."""
-  apply = jax.jit(lambda params, x: build(weights.spec).apply(params, x, record, {}))
-  features, sites = apply(weights.params, images.transpose(0, 2, 3, 1))
+  features, sites = compiled(weights.spec)(weights.params, images.transpose(0, 2, 3, 1))
   x = np.asarray(features)
   if "pre_logits" in weights.head:
     x = np.tanh(x @ weights.head["pre_logits"]["kernel"] + weights.head["pre_logits"]["bias"])
@@ -132,14 +137,14 @@ def big_vision(arrays):
 
 def test_short_floats_and_column_major_arrays_load(tmp_path):
   arrays = dict(np.load(golden("augreg_npz/original_21k.npz")))
-  halves = {name: np.asarray(value.astype(jnp.bfloat16)).view("V2") for name, value in arrays.items()}  # as big_vision's
+  halves = {name: value.astype(jnp.bfloat16).view("V2") for name, value in arrays.items()}  # as big_vision stores it
   np.savez(tmp_path / "bf16.npz", **halves)
   np.savez(tmp_path / "f.npz", **{name: np.asfortranarray(value, np.float64) for name, value in arrays.items()})
   exact = load_weights(golden("augreg_npz/original_21k.npz")).params
   chex.assert_trees_all_equal(load_weights(tmp_path / "f.npz").params, exact)
   chex.assert_trees_all_close(load_weights(tmp_path / "bf16.npz").params, exact, rtol=2 ** -8)
   timm = safetensors.numpy.load_file(golden("timm_vit") / "model.safetensors")
-  safetensors.numpy.save_file({n: np.asarray(a.astype(jnp.bfloat16)) for n, a in timm.items()}, tmp_path / "b.safetensors")
+  safetensors.numpy.save_file({n: a.astype(jnp.bfloat16) for n, a in timm.items()}, tmp_path / "b.safetensors")
   chex.assert_trees_all_equal(load_weights(tmp_path / "b.safetensors", heads=3).params,
                               load_weights(tmp_path / "bf16.npz").params)
 
@@ -150,8 +155,8 @@ LAYOUTS = {"native": names.native(), "timm": names.timm(), "timm fc_norm": names
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("spec", [ARCHITECTURES["vit_tiny_test"],
-                                  ViTSpec("gap", 8, 4, 12, 2, 3, 20, False, "mean", qkv_bias=False)], ids=["cls", "gap"])
+@pytest.mark.parametrize("spec", [
+    ARCHITECTURES["vit_tiny_test"], ViTSpec("gap", 8, 4, 12, 2, 3, 20, False, "mean", qkv_bias=False)], ids=["cls", "gap"])
 def test_tables_are_bidirectional(layout, spec):
   rng = np.random.default_rng(0)
   shapes = {name: leaf.shape for name, leaf in tree.flatten(abstract_params(spec)).items()}
@@ -185,5 +190,5 @@ def test_real_weights():
   assert weights.spec == ARCHITECTURES["vit_ti16"]
   assert weights.head["kernel"].shape == (192, 200) and weights.source == file.name
   assert weights.preprocessing.mean == (0.5, 0.5, 0.5)
-  features = build(weights.spec).apply(weights.params, np.zeros((1, 224, 224, 3), np.float32))[0]
+  features = jax.jit(build(weights.spec).apply)(weights.params, np.zeros((1, 224, 224, 3), np.float32))[0]
   assert np.isfinite(features).all() and np.abs(features).max() < 100

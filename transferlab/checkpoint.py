@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
-from transferlab import backbones, methods, tree
+from transferlab import backbones, config, methods, tree
 from transferlab.backbones.spec import Preprocessing, ViTSpec
 from transferlab.backbones.weights import Weights
 from transferlab.files import atomic
@@ -101,36 +101,51 @@ def load_adapter(path) -> Adapter:
     with safetensors.safe_open(path, "np") as file:
       text = (file.metadata() or {}).get("transferlab")
       arrays = {name: file.get_tensor(name) for name in file.keys()}
-  except (safetensors.SafetensorError, OSError) as error:
+  except (safetensors.SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: dtypes numpy lacks
     raise ValueError(f"{path} is not a readable safetensors file ({error}); it may be cut, copy or train it again") from None
   header = _parse_header(path, text)
-  spec = SPECS[header["backbone"]["spec"]["family"]](**header["backbone"]["spec"])
-  method = methods.build(header["method"], spec, **header["options"])
-  while method.then:  # what was saved is the last stage
-    method = method.then({"classifier": None}, {})
-  found = tree.unflatten(arrays)
-  trainable, state = found.get("trainable", {}), found.get("state", {})
-  expected = jax.eval_shape(lambda rng, frozen: method.init(rng, frozen, len(header["class_names"])), jax.random.key(0),
-                            backbones.abstract_params(spec)) if "classifier" in trainable else None
-  problem = "no classifier" if expected is None else tree.difference(
-      arrays, tree.flatten({"trainable": expected[0], "state": expected[1]}))
-  if problem:
+  try:
+    spec = config.fill(SPECS[header["backbone"]["spec"]["family"]], header["backbone"]["spec"], "spec")
+    preprocessing = Preprocessing.from_dict(header["preprocessing"])
+    method = methods.build(header["method"], spec, **header["options"])
+    while method.then:  # what was saved is the last stage
+      method = method.then({"classifier": None}, {})
+    init = lambda rng, frozen: method.init(rng, frozen, len(header["class_names"]))
+    trainable, state = jax.eval_shape(init, jax.random.key(0), backbones.abstract_params(spec))
+  except (TypeError, ValueError, ArithmeticError) as error:
+    raise ValueError(f"{path} describes a method that cannot be built: {error}; the file is damaged or of another version, "
+                     "train again") from None
+  if problem := _problem(arrays, tree.flatten({"trainable": trainable, "state": state})):
     raise ValueError(f"{path} does not fit method {method.name!r} on {spec.name}: {problem}; the file is damaged or not "
                      "written by this library, train again")
-  return Adapter(method, trainable, state, tuple(header["class_names"]), Preprocessing.from_dict(header["preprocessing"]),
+  found = tree.unflatten(arrays)
+  return Adapter(method, found.get("trainable", {}), found.get("state", {}), tuple(header["class_names"]), preprocessing,
                  header["backbone"], header)
+
+
+def _problem(arrays: dict, expected: dict) -> str:
+  """What is wrong with the arrays of a file, "" if nothing is."""
+  wrong = [f"{name} is {array.dtype} instead of {expected[name].dtype}" for name, array in arrays.items()
+           if name in expected and array.dtype != expected[name].dtype]
+  bad = [f"{name} has numbers that are not finite" for name, array in arrays.items()
+         if array.dtype.kind == "f" and not np.isfinite(array).all()]
+  return tree.difference(arrays, expected) or next(iter(wrong + bad), "")
 
 
 def _parse_header(path, text) -> dict:
   fields = {"format": int, "method": str, "options": dict, "class_names": list, "backbone": dict, "preprocessing": dict}
   try:
     header = json.loads(text) if text else {}
-  except ValueError:
+  except (ValueError, RecursionError):
     header = {}
   if not isinstance(header, dict) or "method" not in header:
     raise ValueError(f"{path} is not a transferlab adapter (it has no adapter header); expected the adapter.safetensors that "
                      "training writes. Backbone weights go to --backbone")
   bad = [name for name, kind in fields.items() if not isinstance(header.get(name), kind)]
+  if not bad:
+    bad = [f"backbone {name}" for name in ("name", "hash") if not isinstance(header["backbone"].get(name), str)]
+    names = header["class_names"]
+    bad += ["class_names"] * (not names or len(set(map(str, names))) < len(names) or not all(isinstance(n, str) for n in names))
   if bad or header["format"] > FORMAT:
     what = f"format {header['format']}, newer than {FORMAT}" if not bad else f"no valid {', '.join(bad)} in its header"
     raise ValueError(f"{path} has {what}; install the version of transferlab that wrote it")
@@ -141,10 +156,9 @@ def _parse_header(path, text) -> dict:
 
 
 def check_backbone(adapter: Adapter, weights: Weights) -> None:
-  """Refuses an adapter on weights it was not trained on."""
-  name, spec = adapter.backbone.get("name"), weights.spec.to_dict()
-  if adapter.backbone["spec"] != spec:
-    differs = [key for key in spec if adapter.backbone["spec"].get(key) != spec[key]]
+  """Refuses an adapter on weights it was not trained on. Their names may differ: the same file may lie elsewhere."""
+  name, known, spec = adapter.backbone["name"], adapter.backbone["spec"], weights.spec.to_dict()
+  if differs := [f"{key} {known.get(key)} and {spec[key]}" for key in spec if key != "name" and known.get(key) != spec[key]]:
     raise ValueError(f"the adapter was trained on {name} and these weights are {weights.name}: they differ in "
                      f"{', '.join(differs)}; give the weights it was trained on with --backbone")
   if adapter.backbone["hash"] != weights.hash:

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -29,11 +30,12 @@ def _flags(**strings) -> flags.FlagValues:
                                                                                                 flags.DEFINE_string)
     define(name, default, text, flag_values=values)
   flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
+  values.set_gnu_getopt()  # flags may follow file names
   return values
 
 
-def _parse(values: flags.FlagValues, argv: list[str], verb: str) -> list[str]:
-  """Positional arguments; prints help and exits if asked."""
+def _parse(values: flags.FlagValues, argv: list[str], verb: str, files: bool = False) -> list[str]:
+  """Positional arguments, where the verb takes `files`; prints help and exits if asked."""
   rest = values(argv)[1:]
   if values.help:
     print(f"transferlab {verb}\n")
@@ -41,6 +43,8 @@ def _parse(values: flags.FlagValues, argv: list[str], verb: str) -> list[str]:
       if name not in ("help", "h"):
         print(f"  --{name}  {values[name].help} (default: {values[name].default!r})")
     raise SystemExit(0)
+  if rest and not files:
+    raise ValueError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
   return rest
 
 
@@ -54,17 +58,25 @@ _BACKBONE = (None, "zoo name, weights file or folder, or hf:owner/name")
 
 
 def train(argv: list[str]) -> None:
-  from ml_collections import config_flags
-  values = _flags(workdir=("", "folder for what the run leaves"))
-  config_flags.DEFINE_config_file("config", None, "config file, with its arguments after a colon", flag_values=values)
-  rest = _parse(values, argv, "train")
-  if rest:
-    raise ValueError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
-  if values["config"].value is None:
-    raise ValueError("--config is missing: give a config file, e.g. --config=configs/folder.py:data=folder:/images")
-  _required(values, "workdir")
+  values = _flags(workdir=("", "folder for what the run leaves"),
+                  config=("", "config file, with its arguments after a colon; --config.KEY=value changes any of its keys"),
+                  bad_images=("", "error, or skip to go on without images that cannot be read; same as --config.bad_images"),
+                  micro_batch=("", "images computed at once, or auto for as many as fit; same as --config.micro_batch"))
+  overrides, rest = {}, []
+  for argument in argv:
+    if found := re.fullmatch(r"--?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL):
+      if found[2] is None:
+        raise ValueError(f"{argument} has no value; expected {argument}=value")
+      overrides[found[1]] = found[2]
+    else:
+      rest.append(argument)
+  _parse(values, rest, "train")
+  _required(values, "config", "workdir")
+  overrides |= {name: values[name].value for name in ("bad_images", "micro_batch") if values[name].value}
+  if overrides.get("micro_batch") == "auto":
+    overrides["micro_batch"] = "-1"
   from transferlab import experiment
-  run = experiment.run(values.config, values.workdir)
+  run = experiment.run(experiment.load(values.config, overrides), values.workdir)
   print(run.adapter)
 
 
@@ -74,6 +86,7 @@ def evaluate(argv: list[str]) -> None:
                   split=("test", "train, val, test, or all of them"), classes=("", "JSON list of the head's class names"),
                   preprocessing=("", "changes to that of the weights, e.g. interpolation=bilinear,crop=squash; heads only"),
                   out=("", "folder for confusion.csv and confusion.png"), batch_size=(64, "images at once"),
+                  bad_images=("error", "error, or skip to leave out images that cannot be read"),
                   json=(False, "print one JSON object"))
   _parse(values, argv, "eval")
   _required(values, "data")
@@ -82,7 +95,7 @@ def evaluate(argv: list[str]) -> None:
   task = data.from_string(values.data)
   classifier = serve.load(values.adapter or None, values.backbone, class_names=_class_names(values.classes),
                           preprocessing=values.preprocessing)
-  found = serve.evaluate(classifier, task, values.split, batch_size=values.batch_size)
+  found = serve.evaluate(classifier, task, values.split, batch_size=values.batch_size, bad_images=values.bad_images)
   each = dict(zip(classifier.class_names, found.per_class.tolist()))
   if values.json:
     print(json.dumps({"accuracy": found.accuracy, "mean_per_class": found.mean_per_class, "loss": found.loss,
@@ -101,17 +114,21 @@ def evaluate(argv: list[str]) -> None:
 def _class_names(path: str):
   if not path:
     return None
-  names = json.loads(Path(path).read_text())
+  try:
+    names = json.loads(Path(path).read_text())
+  except (OSError, ValueError) as error:
+    raise ValueError(f"class names cannot be read from {path} ({error}); expected a JSON list, in the head's order") from None
   if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-    raise ValueError(f"{path} holds {type(names).__name__}; expected a JSON list of class names in the head's order")
+    raise ValueError(f"{path} holds no list of strings; expected a JSON list of class names in the head's order")
   return names
 
 
 def predict(argv: list[str]) -> None:
   values = _flags(adapter=("", "adapter.safetensors of a run"), backbone=_BACKBONE,
                   out=("", "CSV file; standard output if empty"), top=(1, "classes per image"),
-                  batch_size=(32, "images at once"))
-  paths = _parse(values, argv, "predict")
+                  batch_size=(32, "images at once"),
+                  bad_images=("error", "error, or skip to leave out images that cannot be read"))
+  paths = _parse(values, argv, "predict", files=True)
   _required(values, "adapter")
   if not paths:
     raise ValueError("no images given; name image files or folders after the flags")
@@ -119,7 +136,8 @@ def predict(argv: list[str]) -> None:
   from transferlab.files import atomic
   split = data.image_files(paths)
   classifier = serve.load(values.adapter, values.backbone)
-  rows = serve.predict_files(classifier, split.keys, top=values.top, batch_size=values.batch_size)
+  rows = serve.predict_files(classifier, split.keys, top=values.top, batch_size=values.batch_size,
+                             bad_images=values.bad_images)
   def write(file):
     writer = csv.writer(file)
     writer.writerow(["file", "class", "probability"])
@@ -217,15 +235,13 @@ def main(argv: list[str] | None = None) -> None:
       from transferlab.tree import nearest
       raise ValueError(f"verb {verb!r} is unknown; nearest: {nearest(verb, VERBS)[0]}; all: {', '.join(VERBS)}")
     VERBS[verb]([f"transferlab {verb}", *argv[2:]])
-  except (ValueError, OSError, RuntimeError, AttributeError, KeyError, flags.Error) as error:
+  except (ValueError, OSError, RuntimeError, flags.Error) as error:
     if os.environ.get("TRANSFERLAB_TRACEBACK"):
       raise
-    if isinstance(error, (AttributeError, KeyError)) and "config" not in str(error):
-      raise  # a defect, not something the user wrote
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     raise SystemExit(1) from None
   except KeyboardInterrupt:
-    print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
+    print("stopped" + "; the same command resumes from the last checkpoint" * (verb == "train"), file=sys.stderr)
     raise SystemExit(130) from None
 
 

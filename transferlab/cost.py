@@ -29,8 +29,9 @@ def flops(compiled) -> float:
   return float((analysis[0] if isinstance(analysis, list) else analysis).get("flops", float("nan")))
 
 
-def of_step(compiled) -> StepCost:
-  return StepCost(flops(compiled), peak_bytes(compiled))
+def of_step(compiled, parts: int = 1) -> StepCost:
+  """Of a step in `parts` micro-batches, which are a loop, and XLA counts a loop's body once."""
+  return StepCost(parts * flops(compiled), peak_bytes(compiled))
 
 
 def parts(rows: int, micro_batch: int, device_count: int = 1) -> int:

@@ -3,14 +3,18 @@
 A configuration is an ml_collections ConfigDict (or a dict) with the keys of `Experiment`, those of `train.Recipe`, and the
 method's own options under `options`.
 """
+import ast
 import dataclasses
+import re
+import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from transferlab import config as config_lib
-from transferlab import data, methods
+from transferlab import data, methods, tree
 from transferlab.backbones.weights import load_weights
 from transferlab.train import Fit, Recipe, fit
 from transferlab.tree import nearest
@@ -56,13 +60,64 @@ def defaults(method: str = "linear", **changes) -> ml_collections.ConfigDict:
 def arguments(text: str | None, **known) -> ml_collections.ConfigDict:
   """Arguments of a config file, "data=digits,method=dtl", over their defaults; a name that is not known is an error."""
   values = dict(known)
-  for part in filter(None, (text or "").split(",")):
+  for part in filter(None, re.split(r",(?=\w+=)", text or "")):
     name, equals, value = part.partition("=")
     if not equals or name not in known:
       raise ValueError(f"config argument {part!r} is not understood; expected name=value with a name of "
                        f"{', '.join(known)}; nearest: {nearest(name, known)[0]}")
-    values[name] = type(known[name])(value)
+    values[name] = _parsed(f"config argument {name}", value, known[name])
   return ml_collections.ConfigDict(values)
+
+
+def load(text: str, overrides: dict[str, str] | None = None) -> ml_collections.ConfigDict:
+  """The configuration of a file, "configs/folder.py:data=digits", changed by overrides such as {"optim.lr": "1e-3"}.
+
+  The file is a Python script and is run: its `get_config` receives what follows the colon.
+
+  Raises:
+    ValueError: no such file, an error in it with its line, a key the configuration lacks, a value of another type.
+  """
+  path, colon, arguments_ = text.partition(":")
+  if not Path(path).is_file():
+    raise ValueError(f"config file {path!r} does not exist; expected a Python file with get_config, e.g. configs/folder.py")
+  try:
+    script = {"__file__": path, "__name__": "config"}
+    exec(compile(Path(path).read_text(), path, "exec"), script)
+    config = ml_collections.ConfigDict(script["get_config"](*([arguments_] if colon else [])))
+  except ValueError:
+    raise
+  except Exception as error:  # a script may fail in any way
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    where = f"{path} line {lines[-1]}" if lines else path
+    raise ValueError(f"config file {where}: {type(error).__name__}: {error}; correct the file") from error
+  for key, value in (overrides or {}).items():
+    _set(config, key, value)
+  return config
+
+
+def _set(config: ml_collections.ConfigDict, key: str, text: str) -> None:
+  """Sets one dotted key from text; the value it has gives the type."""
+  *groups, last = key.split(".")
+  group = config
+  for name in groups:
+    group = group[name] if isinstance(group, ml_collections.ConfigDict) and name in group else None
+  if not isinstance(group, ml_collections.ConfigDict) or last not in group:
+    known = [name.replace("/", ".") for name in tree.flatten(config.to_dict())]
+    raise ValueError(f"config has no key {key!r}; nearest: {', '.join(tree.nearest(key, known))}")
+  if isinstance(group[last], ml_collections.ConfigDict):
+    raise ValueError(f"config.{key} is {text!r}; expected keys of its own: {', '.join(f'{key}.{k}' for k in group[last])}")
+  group[last] = _parsed(f"config.{key}", text, group[last])
+
+
+def _parsed(name: str, text: str, old):
+  """Text as a value like `old`: strings as they are, everything else as a Python literal; a plain word where `old` is None."""
+  if isinstance(old, str):
+    return text
+  try:
+    value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+  except (ValueError, SyntaxError):
+    value = text
+  return value if old is None or value is None else config_lib.typed(name, value, type(config_lib.tuples(old)), old)
 
 
 def parse(config) -> tuple[Experiment, dict, Recipe]:

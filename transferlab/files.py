@@ -8,9 +8,19 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic(path):
-  """Yields a temporary path beside `path` that replaces it only when the block ends well."""
+  """Yields a temporary path beside `path` that replaces it only when the block ends well.
+
+  Raises:
+    ValueError: nothing can be written there.
+  """
   path = Path(path)
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+  if path.is_dir():
+    raise ValueError(f"cannot write {path}: it is a folder; give the name of a file")
+  try:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+  except OSError as error:
+    raise ValueError(f"cannot write {path} ({error.strerror}); give a path in a folder that exists and that you may write "
+                     "to") from None
   os.close(handle)
   try:
     yield temporary

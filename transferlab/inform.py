@@ -1,5 +1,6 @@
 """What `transferlab info` tells: sizes and costs of any backbone and method from shapes alone, and a backbone's sites."""
 import ast
+import re
 
 from transferlab import backbones, cost, methods
 from transferlab.backbones import zoo
@@ -31,14 +32,14 @@ def site_shapes(spec) -> dict[str, tuple]:
 def options(text: str) -> dict:
   """"rank=4,form=fused" as a dict; values are Python literals or plain words."""
   found = {}
-  for part in filter(None, text.split(",")):
+  for part in filter(None, re.split(r",(?=\s*\w+=)", text)):
     name, equals, value = part.partition("=")
     if not equals:
       raise ValueError(f"option {part!r} is not understood; expected name=value, e.g. rank=4")
     try:
-      found[name] = ast.literal_eval(value)
+      found[name.strip()] = ast.literal_eval(value)
     except (ValueError, SyntaxError):
-      found[name] = value
+      found[name.strip()] = value
   return found
 
 

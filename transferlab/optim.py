@@ -51,6 +51,9 @@ class Optim:
       raise ValueError(f"schedule {self.schedule!r} is unknown; expected one of {', '.join(SCHEDULES)}")
     if not self.lr > 0:
       raise ValueError(f"lr is {self.lr}; expected a number above 0")
+    for name in ("weight_decay", "clip", "momentum", "b1", "b2", "eps"):
+      if not getattr(self, name) >= 0:
+        raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
 
 
 def timm_epochs(lr, epochs, *, warmup=10, warmup_lr=0.0, min_lr=0.0, cooldown=0, delay=0):

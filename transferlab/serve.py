@@ -14,7 +14,7 @@ from transferlab.checkpoint import check_backbone, load_adapter
 from transferlab.evaluate import Evaluation, evaluate as count, make_predict
 from transferlab.method import Method
 from transferlab.methods import classifier as head_lib
-from transferlab.progress import Progress
+from transferlab.progress import Progress, say
 
 
 class Classifier(NamedTuple):
@@ -99,31 +99,46 @@ def _make(class_names, preprocessing, method, trainable, state, weights) -> Clas
 
 
 def evaluate(classifier: Classifier, task: data.Task, split: str = "test", *, batch_size: int = 64,
-             quiet: bool = False) -> Evaluation:
+             bad_images: str = "error", quiet: bool = False) -> Evaluation:
   """Counts a classifier's predictions on a split of a task, or on "all" of it; classes are matched by name."""
   task = task.relabel(classifier.class_names)
   names = list(task.splits) if split == "all" else [split]
   task.check(names)
   total = None
   for name in names:
-    loader = data.eval_loader(task.splits[name], classifier.preprocessing, batch_size=batch_size)
+    loader = data.eval_loader(task.splits[name], classifier.preprocessing, batch_size=batch_size, bad_images=bad_images)
+    for problem in loader.problems:
+      say(f"skipped: {problem}")
     found = count(classifier.logits, loader, len(classifier.class_names), quiet=quiet)
     total = found if total is None else total.plus(found)
   return total
 
 
-def predict_files(classifier: Classifier, files, *, top: int = 1, batch_size: int = 32, quiet: bool = False):
-  """[(file, class, probability)], the `top` most probable classes of each file."""
+def predict_files(classifier: Classifier, files, *, top: int = 1, batch_size: int = 32, bad_images: str = "error",
+                  quiet: bool = False):
+  """[(file, class, probability)], the `top` most probable classes of each file.
+
+  An image that cannot be read is an error that names it; with bad_images="skip" it is named and left out.
+  """
   if not 1 <= top <= len(classifier.class_names):
     raise ValueError(f"top is {top}; expected 1 to the number of classes, {len(classifier.class_names)}")
+  if batch_size < 1 or bad_images not in ("error", "skip"):
+    raise ValueError(f"batch_size is {batch_size} and bad_images {bad_images!r}; expected 1 or more, and 'error' or 'skip'")
   rows = []
   with Progress(len(files), "predicting", quiet=quiet) as progress:
     for i in range(0, len(files), batch_size):
-      names = files[i:i + batch_size]
-      for name, probabilities in zip(names, classifier(names, batch_size)):
+      readable = {}
+      for name in files[i:i + batch_size]:
+        try:
+          readable[name] = data.decode(name)
+        except data.BadImage as error:
+          if bad_images == "error":
+            raise data.BadImage(f"{error}; replace or remove it, or leave it out with --bad_images=skip") from None
+          say(f"skipped: {error}")
+      for name, probabilities in zip(readable, classifier(readable.values(), batch_size)):
         best = np.argsort(-probabilities, kind="stable")[:top]
         rows += [(name, classifier.class_names[c], float(probabilities[c])) for c in best]
-      progress.update(len(names))
+      progress.update(len(files[i:i + batch_size]))
   return rows
 
 
@@ -141,12 +156,12 @@ def merge(classifier: Classifier, out, *, tolerance: float = 1e-3) -> float:
                      f"Methods that merge: {', '.join(mergeable)}")
   params = jax.tree.map(np.asarray, method.merge(classifier.trainable, jax.device_put(weights.params)))
   head = jax.tree.map(np.asarray, classifier.trainable["classifier"])
-  merged = _of_head(weights._replace(params=params, head=head), classifier.class_names)
+  merged = _of_head(weights._replace(params=params, head=head, preprocessing=classifier.preprocessing), classifier.class_names)
   S = weights.spec.image_size
   probe = np.random.default_rng(0).integers(0, 256, (4, S, S, 3), np.uint8)
   difference = float(jnp.abs(merged.logits(probe) - classifier.logits(probe)).max())
   if not difference <= tolerance:
     raise ValueError(f"merged and adapted logits differ by {difference:.2e}, more than the tolerance {tolerance:g}; nothing "
                      "was written")
-  export_timm(merged.weights, None, Path(out))
+  export_timm(merged.weights, out)
   return difference

@@ -19,8 +19,8 @@ class Run(NamedTuple):
     trainable: what is optimised.
     state: arrays the method needs and does not train.
     opt_state: the optimiser's.
-    nan_step: int32, the first step whose loss or gradient was not finite, -1 while there is none. It is read only
-      now and then, so that the host never waits for the device within a step.
+    nan_step: int32, the first step whose loss, gradient or result was not finite, -1 while there is none. It is read
+      only now and then, so that the host never waits for the device within a step.
   """
   step: Any
   trainable: Any
@@ -50,7 +50,7 @@ def make_step(method: Method, backbone: Backbone, optimiser: optax.GradientTrans
     drop_path: stochastic depth of the last block.
     remat: recompute adapted blocks in the backward pass.
     micro_batches: the batch is cut into so many parts whose gradients add up to the whole batch's.
-    class_weights: [C] or None; examples count by the weight of their class.
+    class_weights: [C] or None; examples count by the weight of their class, mixed ones by the weights of theirs.
 
   The batch holds image [B, S, S, 3] on 0 … 255, label [B], weight [B], and soft_label [B, C] if labels are mixed.
   """
@@ -76,15 +76,16 @@ def make_step(method: Method, backbone: Backbone, optimiser: optax.GradientTrans
 
   def step(run: Run, frozen, batch):
     if class_weights is not None:
-      batch = {**batch, "weight": batch["weight"] * jnp.asarray(class_weights, jnp.float32)[batch["label"]]}
+      each = jnp.sum(losses.targets(batch, num_classes) * jnp.asarray(class_weights, jnp.float32), axis=-1)  # [B]
+      batch = {**batch, "weight": batch["weight"] * each}
     rng = jax.random.fold_in(jax.random.key(seed), run.step)
     value, grads = gradient(run.trainable, run.state, frozen, batch, rng)
     updates, opt_state = optimiser.update(grads, run.opt_state, run.trainable)
+    trainable = optax.apply_updates(run.trainable, updates)
     norm = optax.global_norm(grads)
-    bad = ~(jnp.isfinite(value) & jnp.isfinite(norm)) & (run.nan_step < 0)
-    after = Run(run.step + 1, optax.apply_updates(run.trainable, updates), run.state, opt_state,
-                jnp.where(bad, run.step + 1, run.nan_step))
-    return after, {"loss": value, "grad_norm": norm}
+    finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(trainable))
+    nan_step = jnp.where(~finite & (run.nan_step < 0), run.step + 1, run.nan_step)
+    return Run(run.step + 1, trainable, run.state, opt_state, nan_step), {"loss": value, "grad_norm": norm}
 
   return step
 

@@ -5,9 +5,11 @@
     workdir/checkpoints/stage_0/    to resume from
     workdir/adapter.safetensors     the result
     workdir/result.json             one ledger row
+    workdir/tensorboard/            the scalars again, where tensorboardX is installed (the [log] extra)
 """
 import contextlib
 import dataclasses
+import hashlib
 import json
 import tempfile
 import time
@@ -19,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transferlab import backbones, config, cost, data, devices, methods
+from transferlab import backbones, config, cost, data, devices, methods, tree
 from transferlab.backbones.weights import Weights
-from transferlab.checkpoint import Checkpoints, save_adapter, versions
+from transferlab.checkpoint import Checkpoints, load_adapter, save_adapter, versions
 from transferlab.data.augment import preset
 from transferlab.evaluate import evaluate, make_predict
 from transferlab.files import atomic, write_json
@@ -48,7 +50,8 @@ class Recipe:
       trainables are float32.
     remat: recompute adapted blocks in the backward pass: less memory, more time.
     micro_batch: rows computed at once, 0 for the whole batch, -1 for the largest that fits the device's memory.
-    select: "best" keeps the parameters with the best validation accuracy, "last" the last ones.
+    select: "best" keeps the parameters with the best validation accuracy (of equals, with the lowest validation loss),
+      "last" the last ones.
     evaluate_every, checkpoint_every, log_every: durations.
     bad_images: "error", or "skip" to go on without images that cannot be read.
     workers: processes that decode images, 0 for none.
@@ -81,8 +84,15 @@ class Recipe:
     for name, valid in choices.items():
       if getattr(self, name) not in valid:
         raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(valid)}")
-    if self.batch_size < 1:
-      raise ValueError(f"batch_size is {self.batch_size}; expected 1 or more")
+    for name, least in {"batch_size": 1, "micro_batch": -1, "workers": 0, "devices": 0, "seed": 0}.items():
+      if getattr(self, name) < least:
+        raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
+    for name in ("drop_path", "label_smoothing"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f"{name} is {getattr(self, name)}; expected a number from 0 to below 1")
+    preset(self.augmentation)
+    for name in ("duration", "evaluate_every", "checkpoint_every", "log_every"):  # in real steps later; here for the errors
+      config.resolve_steps(getattr(self, name), 1, 1, None if name == "duration" else 1, name, positive=True)
 
 
 class Fit(NamedTuple):
@@ -95,7 +105,7 @@ class Fit(NamedTuple):
 
 
 class NotFinite(RuntimeError):
-  """The loss or a gradient became NaN or infinite."""
+  """The loss, a gradient or a parameter became NaN or infinite."""
 
 
 def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe = Recipe(), *, options: dict | None = None,
@@ -128,31 +138,27 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
            "recipe": dataclasses.asdict(recipe)}
   asked = json.loads(json.dumps(asked))  # tuples become lists, as they will be when read back
   folder = None if workdir is None else Workdir(workdir, asked)
+  if folder and isinstance(method, str) and (finished := folder.finished()):
+    tell(f"finished run: {folder.path}")
+    return finished
   tell(f"{asked['method']} on {weights.name}: {weights.preprocessing.describe()}")
   tell(f"{task.name}: " + ", ".join(f"{name} {len(split)}" for name, split in task.splits.items())
        + f", {len(task.class_names)} classes")
 
   selection = dataclasses.replace(task, splits={k: v for k, v in task.splits.items() if k in ("train", "val")})
-  runs = []
-  def train(stage: Method):
-    runs.append(Stage(stage, weights, selection, recipe, folder, len(runs), quiet).train())
-    return runs[-1].trainable, runs[-1].state
-  (final, trainable, state), last = stages(first, train)[-1], runs[-1]
+  last = None
+  def train(method: Method):
+    nonlocal last
+    last = Stage(method, weights, selection, recipe, folder, 0 if last is None else last.index + 1, quiet).train()
+    return last.trainable, last.state
+  final, trainable, state = stages(first, train)[-1]
 
   test = None
   if "test" in task.splits:
-    finished = folder and folder.result()  # a finished run keeps its numbers: the test split is opened once
-    test = finished["test"] if finished else scores(last.evaluate(trainable, state, last.eval_loader(task.splits["test"])))
-  count = sizes(final, weights.params, len(task.class_names))
-  result = {
-      **asked, "class_names": list(task.class_names), "val": last.val, "test": test, "selected_step": last.selected_step,
-      "protocol": f"select {recipe.select if 'val' in task.splits else 'last'} on val, test once", "steps": last.total,
-      "trainable": count.trainable, "trainable_without_classifier": count.trainable_without_classifier,
-      "train_peak_bytes": last.cost.train_peak_bytes, "train_flops": last.cost.train_flops,
-      "examples": {name: len(split) for name, split in task.splits.items()},
-      "pixels": task.splits["train"].fingerprint(), "device": jax.devices()[0].device_kind,
-      "versions": versions(), "seconds": round(time.monotonic() - began, 2)}
-  adapter = None
+    known = folder and folder.result()  # a finished run keeps its numbers: the test split is opened once
+    test = known["test"] if known else scores(last.evaluate(trainable, state, last.eval_loader(task.splits["test"])))
+  result, adapter = ledger_row(asked, weights, task, final, last, test), None
+  result["seconds"] = round(time.monotonic() - began, 2)
   if folder:
     adapter = folder.path / "adapter.safetensors"
     notes = {"task": task.name, "split_hash": asked["split_hash"], "recipe": asked["recipe"], "val": last.val, "test": test}
@@ -164,6 +170,21 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   return Fit(final, trainable, state, result, adapter)
 
 
+def ledger_row(asked: dict, weights: Weights, task: data.Task, method: Method, last: "Stage", test: dict | None) -> dict:
+  """Everything a comparison of runs needs: what was asked for, the scores, sizes and costs, and hashes of what went in."""
+  count = sizes(method, weights.params, len(task.class_names))
+  return {
+      **asked, "class_names": list(task.class_names), "val": last.val, "test": test, "selected_step": last.selected_step,
+      "protocol": f"{f'{last.recipe.select} on val' if last.val else 'last'}, test once", "steps": last.total,
+      "trainable": count.trainable, "trainable_without_classifier": count.trainable_without_classifier,
+      "train_peak_bytes": last.cost.train_peak_bytes, "train_flops": last.cost.train_flops,
+      "examples": {name: len(split) for name, split in task.splits.items()},
+      "pixels": task.splits["train"].fingerprint(),
+      "config_hash": hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16],
+      "dtype": jnp.dtype(last.dtype).name, "device": jax.devices()[0].device_kind, "devices": last.mesh.size,
+      "versions": versions()}
+
+
 def scores(evaluation) -> dict:
   """An evaluation's numbers for the ledger."""
   return {"accuracy": evaluation.accuracy, "mean_per_class": evaluation.mean_per_class, "loss": evaluation.loss,
@@ -171,14 +192,21 @@ def scores(evaluation) -> dict:
 
 
 def readable(task: data.Task, bad_images: str, tell, quiet: bool) -> data.Task:
-  """The task without images that cannot be read; each is named. With bad_images="error" the first such split stops."""
-  splits = {}
+  """The task without images that cannot be read; each is named. With bad_images="error" the first such split stops.
+
+  All splits are decoded, test included: whether files decode is no result, and it has to be known before hours of training.
+  """
+  splits, skipped = {}, 0
   for name, split in task.splits.items():
     with Progress(len(split), f"checking {name}", quiet=quiet) as progress:
       splits[name], problems = data.check_images(split, bad_images, lambda done, total: progress.update(done - progress.done))
     for problem in problems:
       tell(f"skipped: {problem}")
-  return dataclasses.replace(task, splits=splits)
+    skipped += len(problems)
+  task = dataclasses.replace(task, splits=splits)
+  if skipped:
+    task.check()  # a class may have lost its last image
+  return task
 
 
 def augmentation(recipe: Recipe) -> data.Augmentation:
@@ -188,25 +216,40 @@ def augmentation(recipe: Recipe) -> data.Augmentation:
 
 
 class Workdir:
-  """A run's folder. It belongs to one configuration; another one is refused with the differences."""
+  """A run's folder. It belongs to one configuration; another one is refused with the differences.
+
+  Nothing is written before `begin`, so that a request which is refused leaves nothing behind to undo.
+  """
 
   def __init__(self, path, asked: dict):
-    self.path, self.asked = Path(path), asked
+    self.path, self.asked, self.board = Path(path), asked, None
+    whole = self.path.absolute()
+    existing = next(folder for folder in (whole, *whole.parents) if folder.exists())
     try:
-      self.path.mkdir(parents=True, exist_ok=True)
-      with tempfile.TemporaryFile(dir=self.path):  # says now, not after training, that nothing can be written
+      with tempfile.TemporaryFile(dir=existing):  # says now, not after training, that nothing can be written
         pass
       known = self.path / "config.json"
-      different = config.changes(json.loads(known.read_text()), asked) if known.exists() else []
+      found = json.loads(known.read_text()) if known.exists() else asked
     except OSError as error:
-      raise ValueError(f"cannot write to workdir {self.path} ({error.strerror}); choose a folder you may write to") from None
-    if different:
-      raise ValueError(f"workdir {self.path} holds a run with another configuration ({'; '.join(different[:4])}); give another "
+      raise ValueError(f"cannot write to workdir {path} ({error.strerror}); choose a folder you may write to") from None
+    except ValueError:
+      found = None
+    if not isinstance(found, dict):
+      raise ValueError(f"workdir {path} has a config.json that no run wrote; give another --workdir")
+    if different := config.changes(found, asked):
+      raise ValueError(f"workdir {path} holds a run with another configuration ({'; '.join(different[:4])}); give another "
                        "--workdir, or delete it to start over")
 
   def begin(self) -> None:
-    """Takes the folder, once everything is known to fit: a request that was refused leaves nothing behind to undo."""
+    """Takes the folder, once everything is known to fit."""
+    self.path.mkdir(parents=True, exist_ok=True)
     write_json(self.path / "config.json", self.asked)
+    for name in ("config.json", "metrics.jsonl", "adapter.safetensors", "result.json"):
+      for left_over in self.path.glob(f".{name}.*"):  # of a write that was killed
+        left_over.unlink()
+    with contextlib.suppress(ImportError):
+      from tensorboardX import SummaryWriter
+      self.board = self.board or SummaryWriter(str(self.path / "tensorboard"), flush_secs=10)
 
   def result(self) -> dict | None:
     path = self.path / "result.json"
@@ -217,14 +260,27 @@ class Workdir:
     known = self.result()
     if known is None:
       write_json(self.path / "result.json", result)
+    if self.board:
+      self.board.close()
     return known or result
+
+  def finished(self) -> Fit | None:
+    """The run that stands here, if it came to its end."""
+    result, path = self.result(), self.path / "adapter.safetensors"
+    if result is None or not path.exists():
+      return None
+    adapter = load_adapter(path)
+    return Fit(adapter.method, adapter.trainable, adapter.state, result, path)
 
   def log(self, row: dict) -> None:
     with open(self.path / "metrics.jsonl", "a") as file:
       file.write(json.dumps(row) + "\n")
+    for name, value in tree.flatten(row).items() if self.board else ():
+      if name not in ("stage", "step"):
+        self.board.add_scalar(f"stage_{row['stage']}/{name}", value, row["step"])
 
   def truncate(self, stage: int, step: int) -> None:
-    """Drops the lines of metrics.jsonl that come after a checkpoint, and a last line that was cut."""
+    """Drops a stage's lines of metrics.jsonl that come after its checkpoint, and a last line that was cut."""
     path = self.path / "metrics.jsonl"
     if not path.exists():
       return
@@ -232,7 +288,7 @@ class Workdir:
     for line in path.read_text().splitlines():
       with contextlib.suppress(ValueError):
         row = json.loads(line)
-        if (row["stage"], row["step"]) <= (stage, step):
+        if row["stage"] != stage or row["step"] <= step:
           kept.append(line + "\n")
     with atomic(path) as temporary:
       Path(temporary).write_text("".join(kept))
@@ -242,7 +298,8 @@ class Stage:
   """One method trained for one duration; most runs are a single stage."""
 
   def __init__(self, method: Method, weights: Weights, task, recipe: Recipe, folder, index: int, quiet: bool):
-    self.method, self.task, self.recipe, self.folder, self.index, self.quiet = method, task, recipe, folder, index, quiet
+    self.method, self.task, self.recipe, self.folder, self.index = method, task, recipe, folder, index
+    self.quiet, self.tell = quiet, (lambda message: None) if quiet else say
     self.preprocessing, self.num_classes = weights.preprocessing, len(task.class_names)
     self.mesh = devices.make_mesh(recipe.devices or None)
     accelerated = jax.default_backend() != "cpu"
@@ -255,8 +312,8 @@ class Stage:
         workers=recipe.workers)
     self.val_loader = self.eval_loader(task.splits["val"]) if "val" in task.splits else None
     per_epoch, B = self.loader.steps_per_epoch, recipe.batch_size
-    self.total = max(1, config.resolve_steps(recipe.duration, per_epoch, B, None, "duration"))
-    steps = lambda name: max(1, config.resolve_steps(getattr(recipe, name), per_epoch, B, self.total, name))
+    self.total = config.resolve_steps(recipe.duration, per_epoch, B, None, "duration", positive=True)
+    steps = lambda name: config.resolve_steps(getattr(recipe, name), per_epoch, B, self.total, name, positive=True)
     self.log_every, self.evaluate_every = steps("log_every"), steps("evaluate_every")
     self.checkpoint_every = steps("checkpoint_every")
 
@@ -266,7 +323,8 @@ class Stage:
     # The frozen parameters are cast once; a method that trains the backbone itself keeps no second copy of it.
     cast = lambda leaf: jnp.asarray(leaf, self.dtype)
     self.frozen = devices.replicate(jax.tree.map(cast, weights.params) if method.frozen else {}, self.mesh)
-    self.run = devices.replicate(start(jax.tree.map(jnp.array, trainable), state, self.optimiser), self.mesh)
+    # The run is donated in every step: its arrays are copies, whatever init took from the frozen parameters.
+    self.run = devices.replicate(start(*jax.tree.map(jnp.array, (trainable, state)), self.optimiser), self.mesh)
     self.predict = make_predict(method, self.backbone, self.preprocessing)
     self.best: dict[str, Any] = {}
     self.val, self.selected_step = None, self.total
@@ -285,12 +343,12 @@ class Stage:
     rows = len(batch["weight"])
     if recipe.micro_batch < 0:
       step, parts = cost.largest_that_fits(compiled, rows, self.mesh.size)
-      if not self.quiet:
-        say(f"micro-batch {rows // parts} of {rows}: peak {cost.peak_bytes(step) / 2**20:.0f} MiB")
     else:
       parts = cost.parts(rows, recipe.micro_batch or rows, self.mesh.size)
       step = compiled(parts)
-    self.cost = cost.of_step(step)
+    self.cost = cost.of_step(step, parts)
+    self.tell(f"a step: {rows} images on {self.mesh.size} device(s) in {parts} part(s), "
+              f"peak {self.cost.train_peak_bytes / 2**20:.1f} MiB")
     return step
 
   def eval_loader(self, split):
@@ -302,19 +360,24 @@ class Stage:
 
   def train(self) -> "Stage":
     """Trains from the newest checkpoint, or from the start, to the end; then holds the chosen trainable and state."""
-    checkpoints = Checkpoints(self.folder.path / "checkpoints" / f"stage_{self.index}") if self.folder else None
-    done = self.restore(checkpoints)
     batches = iter(self.loader)
     batch = devices.put_batch(next(batches), self.mesh)
     step = self.compile(batch)
+    checkpoints, done = None, 0
     if self.folder:
       self.folder.begin()
+      checkpoints = Checkpoints(self.folder.path / "checkpoints" / f"stage_{self.index}")
+      done = self.restore(checkpoints)
+    if 0 < done < self.total:
+      batch = devices.put_batch(next(batches), self.mesh)
     clock, since = time.monotonic(), done
     with Progress(self.total, "training", done=done, quiet=self.quiet) as progress:
       while done < self.total:
         self.run, metrics = step(self.run, self.frozen, batch)
         done += 1
         last = done == self.total
+        if last or any(done % every == 0 for every in (self.log_every, self.evaluate_every, self.checkpoint_every)):
+          self.check_finite(checkpoints)
         if last or done % self.log_every == 0:
           row = {"step": done, "loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"]),
                  "lr": float(self.rate(done - 1)),
@@ -322,8 +385,6 @@ class Stage:
           clock, since = time.monotonic(), done
           self.log(row)
           progress.update(0, f"loss {row['loss']:.4f}")
-        if last or done % self.log_every == 0 or done % self.evaluate_every == 0 or done % self.checkpoint_every == 0:
-          self.check_finite(checkpoints)
         if self.val_loader and (last or done % self.evaluate_every == 0):
           self.validate(done, progress)
         if checkpoints and (last or done % self.checkpoint_every == 0):
@@ -331,6 +392,7 @@ class Stage:
         progress.update()
         if not last:  # after saving, so that the saved position is that of the finished steps
           batch = devices.put_batch(next(batches), self.mesh)
+    self.loader.close()
     if checkpoints:
       checkpoints.close()
     self.choose()
@@ -344,8 +406,8 @@ class Stage:
     found = scores(self.evaluate(self.run.trainable, self.run.state, self.val_loader))
     self.log({"step": done, "val": found})
     progress.update(0, f"val accuracy {found['accuracy']:.4f}")
-    better = not self.best or found["accuracy"] > self.best["val"]["accuracy"]  # of equals, the first
-    if self.recipe.select == "last" or better:
+    rank = lambda val: (val["accuracy"], -val["loss"])
+    if self.recipe.select == "last" or not self.best or rank(found) > rank(self.best["val"]):
       self.best = {"step": done, "val": found, "trainable": jax.tree.map(jnp.copy, self.run.trainable)}
 
   def choose(self) -> None:
@@ -358,27 +420,25 @@ class Stage:
     if bad >= 0:
       good = checkpoints.manager.latest_step() if checkpoints else None
       where = f"the last good checkpoint is of step {good}" if good is not None else "there is no checkpoint yet"
-      raise NotFinite(f"loss or gradient is not finite at step {bad}; {where}. Lower optim.lr, set optim.clip=1.0, or use "
-                      "dtype='float32'")
+      raise NotFinite(f"loss, gradient or parameters are not finite at step {bad}; {where}. Lower optim.lr, set "
+                      "optim.clip=1.0, or use dtype='float32', in another workdir")
 
   def save(self, checkpoints: Checkpoints, done: int) -> None:
     notes = {"loader": self.loader.get_state(), "best": {k: v for k, v in self.best.items() if k != "trainable"}}
     checkpoints.save(done, {"run": self.run, "best": self.best.get("trainable", self.run.trainable)}, notes)
 
-  def restore(self, checkpoints) -> int:
-    """Number of finished steps."""
-    found = checkpoints.restore({"run": self.run, "best": self.run.trainable}) if checkpoints else None
-    if self.folder:
-      self.folder.truncate(self.index, found[0] if found else 0)
+  def restore(self, checkpoints: Checkpoints) -> int:
+    """Takes up the newest checkpoint, if there is one; returns the number of finished steps."""
+    found = checkpoints.restore({"run": self.run, "best": self.run.trainable})
+    self.folder.truncate(self.index, found[0] if found else 0)
+    stage = f"stage {self.index}: " if self.index else ""
     if not found:
-      if checkpoints and not self.quiet:
-        say("fresh run")
+      self.tell(f"{stage}fresh run")
       return 0
     step, arrays, notes = found
     self.run = arrays["run"]
     if notes["best"]:
       self.best = {**notes["best"], "trainable": arrays["best"]}
     self.loader.set_state(notes["loader"])
-    if not self.quiet:
-      say(f"resumed at step {step} of {self.total}")
+    self.tell(f"{stage}resumed at step {step} of {self.total}")
     return step

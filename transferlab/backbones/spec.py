@@ -17,8 +17,8 @@ POOLS = ("cls", "mean", "mean_before_norm")
 class Preprocessing:
   """How pixels become the input of a particular set of weights. It belongs to the weights, never to the data.
 
-  `crop="squash"` resizes both sides to `image_size`, ignoring the aspect ratio; `crop="center"` resizes the shorter side
-  to `image_size / crop_fraction` and cuts the centre. `mean` and `std` are on the [0, 1] scale, one per RGB channel.
+  `crop="squash"` resizes both sides to `image_size / crop_fraction`, ignoring the aspect ratio, `crop="center"` the shorter
+  side; then the centre is cut. `mean` and `std` are on the [0, 1] scale, one per RGB channel.
   """
   image_size: int
   interpolation: str = "bicubic"
@@ -41,7 +41,7 @@ class Preprocessing:
 
   def describe(self) -> str:
     """One line for logs: '224 px, bicubic, squash, mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5)'."""
-    crop = self.crop if self.crop == "squash" else f"centre crop {self.crop_fraction:g}"
+    crop = self.crop if self.crop == "squash" and self.crop_fraction == 1 else f"{self.crop} crop {self.crop_fraction:g}"
     return f"{self.image_size} px, {self.interpolation}, {crop}, mean {tuple(self.mean)}, std {tuple(self.std)}"
 
   def changed(self, text: str) -> "Preprocessing":

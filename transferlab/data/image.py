@@ -11,15 +11,15 @@ from transferlab.backbones.spec import Preprocessing
 def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
   """uint8 [H, W, 3] -> uint8 [S, S, 3], S = `preprocessing.image_size`.
 
-  "squash" ignores the aspect ratio. "center" makes the shorter side floor(S / crop_fraction) pixels, the longer side
-  rounded down, and cuts the centre, as torchvision's Resize and CenterCrop do.
+  Both sides become floor(S / crop_fraction) pixels with "squash", which ignores the aspect ratio; with "center" the shorter
+  one does, the longer side rounded down. Then the centre is cut, as torchvision's Resize and CenterCrop do.
   """
   size = preprocessing.image_size
-  if preprocessing.crop == "squash":
-    return resize(image, size, size, preprocessing.interpolation)
   height, width = image.shape[:2]
   short = int(size / preprocessing.crop_fraction)
   scaled = max(short, short * height // min(height, width)), max(short, short * width // min(height, width))
+  if preprocessing.crop == "squash":
+    scaled = short, short
   image = resize(image, *scaled, preprocessing.interpolation)
   top, left = (round((side - size) / 2) for side in scaled)
   return image[top:top + size, left:left + size]  # [S, S, 3]

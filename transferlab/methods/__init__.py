@@ -1,6 +1,8 @@
 """Every method under its name. A method is a function (spec, **options) -> Method; its defaults are its paper's."""
 import inspect
+import typing
 
+from transferlab.config import typed
 from transferlab.method import Method
 from transferlab.methods.bitfit import bitfit
 from transferlab.methods.dtl import dtl
@@ -28,4 +30,7 @@ def build(name: str, spec, **options) -> Method:
     if option not in known:
       hint = f"nearest: {', '.join(nearest(option, known))}; all: {', '.join(known)}" if known else "it has none"
       raise ValueError(f"method {name!r} has no option {option!r}; {hint}")
+  kinds = typing.get_type_hints(METHODS[name])
+  options = {key: typed(f"option {key!r} of method {name!r}", value, kinds[key], known[key]) if key in kinds else value
+             for key, value in options.items()}
   return METHODS[name](spec, **options)

@@ -9,7 +9,7 @@ GREY = jnp.array([0.299, 0.587, 0.114])
 
 
 def resampling(start, length, source: int, target: int):
-  """Matrix that cuts [start, start + length) from a line of `source` pixels into `target`; triangle filter, antialiased.
+  """Matrices that cut [start, start + length) from `source` pixels into `target`: triangle filter, antialiased.
 
   Args:
     start, length: [B], in source pixels.
@@ -25,7 +25,14 @@ def resampling(start, length, source: int, target: int):
 
 
 def crops(key, images, size: int, smallest: float):
-  """Random resized crops: area uniform in [smallest, 1], aspect within 3/4 and 4/3. [B, S, S, 3] -> [B, size, size, 3]."""
+  """Random resized crops, area uniform in [smallest, 1], height to width within 3/4 and 4/3.
+
+  Args:
+    images: [B, S, S, 3].
+
+  Returns:
+    [B, size, size, 3].
+  """
   B, S = images.shape[:2]
   area, aspect, top, left = jax.random.uniform(key, (4, B))
   side = S * jnp.sqrt(smallest + (1 - smallest) * area)

@@ -1,9 +1,9 @@
 """Texture formulas: scalar fields on a square, each a family with as many classes as one likes.
 
-A family is a function `(cls, rng, x, y) -> [S, S]`. `cls` is a random generator seeded by the class alone: whatever is drawn
-from it is what the class *is* (frequencies, shapes, exponents). `rng` is seeded by the image: what is drawn from it varies
-within the class. `x` and `y` are the coordinates after the image's own rotation, zoom, shift and warp; the square is
-[-1, 1] before them. Values are of any range; `texture` maps them to [0, 1].
+A family is a function `(cls, rng, x, y) -> [S, S]`. `cls` is a random generator seeded by the class alone: what is drawn
+from it is what the class *is* (frequencies, shapes, exponents). `rng` is seeded by the image: what is drawn from it
+varies within the class. `x` and `y` are the coordinates after the image's own rotation, zoom, shift and warp; the square
+is [-1, 1] before them. Values are of any range; `texture` maps them to [0, 1].
 
 Sources of the ideas: Gabor noise, Lagae et al. 2009; cellular noise, Worley 1996; noise and turbulence, Perlin 1985;
 spectral noise as pre-training images, Baradad et al. 2021 (arXiv 2106.05963), and small shader programs, Baradad et al.
@@ -32,7 +32,14 @@ def unit(field):
 
 
 def spectral(rng, size: int, amplitude):
-  """Gaussian noise with a given spectrum. `amplitude` maps frequencies fy [S, 1], fx [1, S/2+1] (cycles per side) to gains."""
+  """Gaussian noise with a given spectrum.
+
+  Args:
+    amplitude: maps frequencies fy [S, 1] and fx [1, S/2+1], in cycles per side, to gains.
+
+  Returns:
+    [S, S], mean 0 and deviation 1.
+  """
   fy = (np.fft.fftfreq(size) * size).astype(np.float32)[:, None]
   fx = (np.fft.rfftfreq(size) * size).astype(np.float32)[None, :]
   noise = np.fft.rfft2(rng.standard_normal((size, size), dtype=np.float32))
@@ -89,8 +96,8 @@ def lattice(cls, rng, x, y):
 
 
 def bricks(cls, rng, x, y):
-  frequency, aspect, offset, mortar = log_uniform(cls, 1.5, 6), cls.uniform(0.3, 1), cls.uniform(0, 0.5), cls.uniform(0.04, 0.2)
-  varied = cls.choice([0, 0.5, 1])
+  frequency, aspect = log_uniform(cls, 1.5, 6), cls.uniform(0.3, 1)
+  offset, mortar, varied = cls.uniform(0, 0.5), cls.uniform(0.04, 0.2), cls.choice([0, 0.5, 1])
   v = y * frequency
   u = x * frequency * aspect + offset * np.floor(v)
   shade = np.modf(np.abs(np.sin(np.floor(u) * 12.99 + np.floor(v) * 78.23)) * 4375.5)[0]
@@ -124,7 +131,8 @@ def clouds(cls, rng, x, y):
 
 def fibres(cls, rng, x, y):
   """Noise stretched along one direction: hair, grass, brushed metal."""
-  stretch, exponent, centre, angle = log_uniform(cls, 3, 20), cls.uniform(1, 2), cls.uniform(0, 6), rng.uniform(0, np.pi)
+  stretch, exponent, centre = log_uniform(cls, 3, 20), cls.uniform(1, 2), cls.uniform(0, 6)
+  angle = rng.uniform(0, np.pi)
   def amplitude(fy, fx):
     u, v = np.cos(angle) * fx + np.sin(angle) * fy, np.cos(angle) * fy - np.sin(angle) * fx
     return (np.abs(np.abs(u) - centre) ** 2 + (stretch * v) ** 2 + 1) ** (-exponent / 2)
@@ -133,7 +141,8 @@ def fibres(cls, rng, x, y):
 
 def spots(cls, rng, x, y):
   """Band-passed noise through a soft threshold: spots, labyrinths, blotches."""
-  centre, width, level, soft = log_uniform(cls, 2.5, 14), cls.uniform(0.1, 0.5), cls.uniform(-1, 1), log_uniform(cls, 1, 12)
+  centre, width = log_uniform(cls, 2.5, 14), cls.uniform(0.1, 0.5)
+  level, soft = cls.uniform(-1, 1), log_uniform(cls, 1, 12)
   centre *= rng.uniform(0.85, 1.15)
   field = spectral(rng, len(x), lambda fy, fx: np.exp(-(np.log(np.hypot(fx, fy) / centre + 1e-3) / width) ** 2))
   return np.tanh((field - level) * soft)
@@ -160,7 +169,8 @@ def gabors(cls, rng, x, y):
   """Sparse Gabor noise: one frequency, a spread of orientations."""
   frequency, spread, width, count = log_uniform(cls, 1.5, 8), cls.choice([0.1, 0.5, 3.2]), cls.uniform(0.5, 1.5), 16
   px, py = rng.uniform(-1.1, 1.1, (2, count, 1)).astype(np.float32)
-  angle, phase = rng.uniform(-spread, spread, (count, 1)).astype(np.float32), rng.uniform(0, 6.3, (count, 1)).astype(np.float32)
+  angle = rng.uniform(-spread, spread, (count, 1)).astype(np.float32)
+  phase = rng.uniform(0, 6.3, (count, 1)).astype(np.float32)
   dx, dy = x.reshape(1, -1) - px, y.reshape(1, -1) - py
   envelope = np.exp(-(dx * dx + dy * dy) * np.float32(frequency / width) ** 2 / 3)
   carrier = np.cos(2 * PI * np.float32(frequency) * (dx * np.cos(angle) + dy * np.sin(angle)) + phase)
@@ -169,7 +179,8 @@ def gabors(cls, rng, x, y):
 
 def rays(cls, rng, x, y):
   """Sunbursts, rings and spirals about a point."""
-  arms, turn, form, power = cls.integers(0, 14), cls.choice([0, 0, 1, 1]) * log_uniform(cls, 1, 6), cls.integers(4), cls.uniform(0.5, 1.5)
+  arms, turn = cls.integers(0, 14), cls.choice([0, 0, 1, 1]) * log_uniform(cls, 1, 6)
+  form, power = cls.integers(4), cls.uniform(0.5, 1.5)
   turn = turn if arms else log_uniform(cls, 1.5, 6)
   x, y = x - rng.uniform(-0.6, 0.6), y - rng.uniform(-0.6, 0.6)
   return wave(arms * np.arctan2(y, x) / (2 * PI) + turn * np.hypot(x, y) ** power, form, cls.uniform(0.3, 0.7))

@@ -1,7 +1,7 @@
-"""Pre-training images by formula: textures, figures, colours, light and occlusion. Every image is a function of (seed, index).
+"""Pre-training images by formula: textures, figures, colours, light and occlusion.
 
-An image is a background with no, one or several figures. The main figure, drawn last, and the background's texture carry
-class labels; -1 stands for "none". Look at some:
+Every image is a function of (seed, index). It is a background with no, one or several figures. The main figure, drawn
+last, and the background's texture carry class labels; -1 stands for "none". Look at some:
 
     python -m transferlab.pretraining.generate --out=sheet.png
 """
@@ -150,7 +150,8 @@ def image(seed: int, index: int, size: int = SIZE):
     uint8 [S, S, 3], and labels int (shape in [-1, SHAPES), texture in [-1, TEXTURES)).
   """
   rng = np.random.default_rng([seed, 0, index])
-  scene = rng.choice(4, p=[0.3, 0.4, 0.15, 0.15])  # texture; figure on plain; figure on texture; crowd on plain or texture
+  # 0 texture, 1 figure on plain ground, 2 figure on texture, 3 crowd on either.
+  scene = rng.choice(4, p=[0.3, 0.4, 0.15, 0.15])
   shape_label, texture_label = int(rng.integers(SHAPES)), int(rng.integers(TEXTURES))
   if scene == 1 or scene == 3 and rng.random() < 0.7:
     texture_label, canvas = -1, plain(rng, size)
@@ -171,7 +172,11 @@ def _chunk(job):
 
 
 def images(seed: int, start: int, stop: int, size: int = SIZE, workers: int = 0, report=None):
-  """Images `start` to `stop`. Returns uint8 [N, S, S, 3] and labels int32 [N, 2]; the same for any number of workers."""
+  """Images `start` to `stop`, the same for any number of worker processes (0: one per core).
+
+  Returns:
+    uint8 [N, S, S, 3] and labels int32 [N, 2].
+  """
   jobs = [(seed, i, min(i + 256, stop), size) for i in range(start, stop, 256)]
   pictures, labels = np.empty((stop - start, size, size, 3), np.uint8), np.empty((stop - start, 2), np.int32)
   workers = workers or os.cpu_count()

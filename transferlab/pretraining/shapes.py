@@ -1,7 +1,7 @@
 """Shape formulas: figures with a mask and a scalar drawn over them, in families of classes as in `fields`.
 
-A family is a function `(cls, rng, pose, size) -> (mask [S, S], inner [S, S])`, both in [0, 1]. `inner` says where on the
-figure a pixel lies (distance from the centre, part, density, stroke) and may be turned into colour or height.
+A family is a function `(cls, rng, pose, size) -> (mask [S, S], inner [S, S])`, both in [0, 1]. `inner` says where on
+the figure a pixel lies (distance from the centre, part, density, stroke) and may be turned into colour or height.
 
 Sources of the ideas: iterated function systems, Barnsley 1988, as pre-training images, Kataoka et al. 2020
 (arXiv 2101.08515), with contractions drawn by their singular values as in Anderson and Farrell 2022 (arXiv 2110.03091);
@@ -55,7 +55,7 @@ def polygon(cls, rng, pose, size):
   """Regular polygons and stars."""
   sides, inner, turn = cls.integers(3, 10), cls.choice([0, 0, 1]) * cls.uniform(0.3, 0.8), cls.uniform(0, 6.3)
   theta, rho = polar(pose, size)
-  sector = np.abs(np.mod((theta + turn) * sides / (2 * np.pi), 1) - 0.5) * 2                   # 0 mid-side, 1 at a corner
+  sector = np.abs(np.mod((theta + turn) * sides / (2 * np.pi), 1) - 0.5) * 2  # 0 mid-side, 1 at a corner
   if inner:
     radius = inner / (1 - (1 - inner) * sector)
   else:
@@ -136,8 +136,8 @@ def smooth(points, closed: bool, samples: int = 8):
       [points[:1], points[:1], points, points[-1:], points[-1:]])
   t = (np.arange(samples) / samples)[:, None, None]
   a, b, c, d = points[:-3], points[1:-2], points[2:-1], points[3:]
-  curve = ((1 - t) ** 3 * a + (3 * t ** 3 - 6 * t ** 2 + 4) * b + (1 + 3 * t + 3 * t * t - 3 * t ** 3) * c + t ** 3 * d) / 6
-  return np.concatenate([curve.transpose(1, 0, 2).reshape(-1, 2), curve[0, :1] if closed else points[-1:]])
+  curve = (1 - t) ** 3 * a + (3 * t ** 3 - 6 * t ** 2 + 4) * b + (1 + 3 * t + 3 * t * t - 3 * t ** 3) * c + t ** 3 * d
+  return np.concatenate([curve.transpose(1, 0, 2).reshape(-1, 2) / 6, curve[0, :1] / 6 if closed else points[-1:]])
 
 
 def boxed(points):
@@ -241,7 +241,8 @@ def tree(cls, rng, pose, size):
   leaf = cls.choice([0, 0, 0.08, 0.15]) * size
   depth = min(depth, 4 if arms == 3 else 5)
   picture, draw = drawing(size)
-  starts, angles, length, inner = np.array([[0, 0.95]]), np.array([-np.pi / 2]), 0.75, np.zeros((size, size), np.float32)
+  starts, angles, length = np.array([[0, 0.95]]), np.array([-np.pi / 2]), 0.75
+  inner = np.zeros((size, size), np.float32)
   for level in range(depth):
     ends = starts + length * np.stack([np.cos(angles), np.sin(angles)], -1)
     for p, q in zip(to_canvas(starts, pose, size), to_canvas(ends, pose, size)):

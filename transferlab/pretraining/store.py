@@ -30,4 +30,5 @@ def read(path):
   with safe_open(path, "np") as file:
     header = json.loads(file.metadata()["transferlab"])
     leaves = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
-  return tree.unflatten(leaves), ViTSpec(**header["spec"]), Preprocessing.from_dict(header["preprocessing"]), header["source"]
+  spec, preprocessing = ViTSpec(**header["spec"]), Preprocessing.from_dict(header["preprocessing"])
+  return tree.unflatten(leaves), spec, preprocessing, header["source"]

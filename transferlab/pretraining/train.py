@@ -1,11 +1,11 @@
-"""Pre-trains the bundled backbone on generated images. With the default arguments this is the recipe of the stored file:
+"""Pre-trains the bundled backbone on generated images. The default arguments are the recipe of the stored file:
 
     python -m transferlab.pretraining.train --out=vit_formula64.safetensors
 
-Three losses share one forward pass over two views per image: which formulas made it (class labels of figure and texture),
-which other view is of the same image (Chen et al. 2020, arXiv 2002.05709), and what the view looks like (`descriptors`).
-For most of the run the network sees a random half of the patches, as in Li et al. 2022 (arXiv 2212.00794): twice the steps
-for the same time, and another augmentation.
+Three kinds of loss share one forward pass over two views per image: which formulas made it (class and family of figure
+and texture), which other view is of the same image (Chen et al. 2020, arXiv 2002.05709), and what the view looks like
+(`descriptors`). For most of the run the network sees a random part of the patches, as in Li et al. 2022
+(arXiv 2212.00794): more steps for the same time, and another augmentation.
 """
 import functools
 import pathlib
@@ -24,7 +24,10 @@ from transferlab.backbones.spec import Preprocessing
 from transferlab.backbones.spec import ViTSpec
 from transferlab.pretraining import augment
 from transferlab.pretraining import descriptors
+from transferlab.pretraining import fields
 from transferlab.pretraining import generate
+from transferlab.pretraining import initial
+from transferlab.pretraining import shapes
 from transferlab.pretraining import store
 
 SPEC = ViTSpec("vit_formula64", image_size=64, patch_size=8, width=192, depth=6, heads=3, mlp_width=768)
@@ -32,36 +35,47 @@ PREPROCESSING = Preprocessing(64)
 TEMPERATURE = 0.2
 
 
-def init(key, spec):
-  """{"backbone": …, "heads": …}; heads read class token and mean patch token side by side, [2D]."""
+def init(key, spec, structured: bool = True):
+  """{"backbone": …, "heads": …}. Class token and mean patch token have heads of their own, [2, D, N], so that both learn."""
   keys = iter(jax.random.split(key, 8))
-  def dense(inputs, outputs, scale=1.0):
-    kernel = jax.random.normal(next(keys), (inputs, outputs)) * scale * inputs ** -0.5
-    return {"kernel": kernel, "bias": jnp.zeros(outputs)}
-  D = 2 * spec.width
-  heads = {"shape": dense(D, generate.SHAPES, 0.1), "texture": dense(D, generate.TEXTURES, 0.1),
-           "describe": dense(D, descriptors.SIZE, 0.1), "hidden": dense(D, D), "project": dense(D, 128)}
-  return {"backbone": build(spec).init(next(keys)), "heads": heads}
+  def dense(*shape, scale=1.0):
+    return {"kernel": jax.random.normal(next(keys), shape) * scale * shape[-2] ** -0.5, "bias": jnp.zeros(shape[-1])}
+  D = spec.width
+  heads = {"shape": dense(2, D, generate.SHAPES, scale=0.1), "texture": dense(2, D, generate.TEXTURES, scale=0.1),
+           "view": dense(2, D, descriptors.SIZE, scale=0.1), "patch": dense(D, descriptors.PATCH_SIZE, scale=0.1),
+           "hidden": dense(2 * D, D), "project": dense(D, 128)}
+  key = next(keys)
+  return {"backbone": initial.structured(key, spec) if structured else build(spec).init(key), "heads": heads}
 
 
-def encode(net, params, images, key, keep: int):
-  """Class token and mean patch token of the last norm, [B, 2D], from `keep` random patches per image."""
-  prefix, patches = net.spec.prefix_tokens, net.spec.tokens - net.spec.prefix_tokens
+def encode(net, params, images, chosen):
+  """Tokens of the last norm, [B, 1+K, D], when the network sees only the patches `chosen` [B, K] of each image."""
+  prefix = net.spec.prefix_tokens
   def visit(carry, site, y, x):
     del x
-    if site == "embed" and keep < patches:
-      chosen = jax.random.uniform(key, (len(y), patches)).argsort(-1)[:, :keep]                # [B, keep]
+    if site == "embed" and chosen.shape[1] < y.shape[1] - prefix:
       y = jnp.concatenate([y[:, :prefix], jnp.take_along_axis(y[:, prefix:], chosen[..., None], 1)], 1)
     return (y if site == "norm" else carry), y
-  tokens = net.apply(params, images, visit, None)[1]                                           # [B, 1+keep, D]
-  return jnp.concatenate([tokens[:, 0], tokens[:, prefix:].mean(1)], -1)
+  return net.apply(params, images, visit, None)[1]
 
 
-def class_loss(logits, labels, smoothing: float = 0.1):
-  """Mean cross-entropy over the images that have a label (-1 is none)."""
+def family_matrix(families, classes: int):
+  """Which family a class is of, one-hot [classes, families]; a family listed twice is one."""
+  names = sorted({family.__name__ for family in families})
+  own = [names.index(families[label % len(families)].__name__) for label in range(classes)]
+  return np.eye(len(names), dtype=np.float32)[own]
+
+
+def class_loss(logits, labels, families, smoothing: float = 0.1):
+  """Cross-entropy of the class plus that of its family, averaged over the images that have a label (-1 is none).
+
+  Families are learnt within the first hundreds of steps, when single classes are still out of reach.
+  """
   targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+  family = jnp.log(jax.nn.softmax(logits) @ families + 1e-9)                                   # [B, families]
+  loss = optax.softmax_cross_entropy(logits, targets) - (jnp.asarray(families)[labels] * family).sum(-1)
   known = labels >= 0
-  return jnp.where(known, optax.softmax_cross_entropy(logits, targets), 0).sum() / jnp.maximum(known.sum(), 1)
+  return jnp.where(known, loss, 0).sum() / jnp.maximum(known.sum(), 1)
 
 
 def contrast_loss(z):
@@ -72,18 +86,39 @@ def contrast_loss(z):
   return optax.softmax_cross_entropy_with_integer_labels(scores, partner).mean()
 
 
+SHAPE_FAMILIES = family_matrix(shapes.FAMILIES, generate.SHAPES)
+TEXTURE_FAMILIES = family_matrix(fields.FAMILIES, generate.TEXTURES)
+
+
+def regression_loss(predicted, target):
+  """Mean squared error of targets brought to mean 0 and deviation 1 over the batch; the last axis is the descriptor."""
+  axes = tuple(range(target.ndim - 1))
+  target = jax.lax.stop_gradient((target - target.mean(axes)) / (target.std(axes) + 1e-2))
+  return jnp.square(predicted - target).mean()
+
+
 def losses(params, net, key, images, labels, keep: int):
-  """The three losses by name. `images` uint8 [B, S, S, 3], `labels` [B, 2]."""
+  """The losses by name. `images` uint8 [B, S, S, 3], `labels` [B, 2], `keep` patches are seen."""
+  spec, heads = net.spec, params["heads"]
+  dense = lambda name, x: x @ heads[name]["kernel"] + heads[name]["bias"]
   keys = jax.random.split(key, 3)
-  views = jnp.concatenate([augment.views(k, images, net.spec.image_size) for k in keys[:2]])  # [2B, 64, 64, 3]
-  h = encode(net, params["backbone"], views, keys[2], keep)
-  dense = lambda name, x: x @ params["heads"][name]["kernel"] + params["heads"][name]["bias"]
+  views = jnp.concatenate([augment.views(k, images, spec.image_size) for k in keys[:2]])       # [2B, 64, 64, 3]
+  patches = spec.tokens - spec.prefix_tokens
+  chosen = jax.random.uniform(keys[2], (len(views), patches)).argsort(-1)[:, :keep]            # [2B, K]
+  chosen = chosen if keep < patches else jnp.broadcast_to(jnp.arange(patches), chosen.shape)
+  tokens = encode(net, params["backbone"], views, chosen)                                      # [2B, 1+K, D]
+  local = tokens[:, spec.prefix_tokens:]
+  pooled = jnp.stack([tokens[:, 0], local.mean(1)])                                            # [2, 2B, D]
   labels = jnp.concatenate([labels, labels])
-  target = jax.lax.stop_gradient(descriptors.describe(views))
-  target = (target - target.mean(0)) / (target.std(0) + 1e-3)
-  return {"classes": class_loss(dense("shape", h), labels[:, 0]) + class_loss(dense("texture", h), labels[:, 1]),
-          "contrast": contrast_loss(dense("project", jax.nn.gelu(dense("hidden", h)))),
-          "describe": jnp.square(dense("describe", h) - target).mean()}
+  view_target, patch_target = descriptors.describe(views, spec.grid[0])
+  patch_target = jnp.take_along_axis(patch_target, chosen[..., None], 1)                       # [2B, K, PATCH_SIZE]
+  both = lambda name: heads[name]["bias"] + jnp.einsum("sbd,sdn->sbn", pooled, heads[name]["kernel"])
+  classes = lambda name, column, families: sum(class_loss(x, labels[:, column], families) for x in both(name)) / 2
+  joined = jnp.concatenate([pooled[0], pooled[1]], -1)
+  return {"shapes": classes("shape", 0, SHAPE_FAMILIES), "textures": classes("texture", 1, TEXTURE_FAMILIES),
+          "contrast": contrast_loss(dense("project", jax.nn.gelu(dense("hidden", joined)))),
+          "views": regression_loss(both("view"), jnp.stack([view_target] * 2)),
+          "patches": regression_loss(dense("patch", local), patch_target)}
 
 
 def optimiser(steps: int, rate: float, decay: float):
@@ -105,10 +140,13 @@ def make_step(net, tx, weights: dict):
 
 
 def pool(seed: int, count: int, cache: str | None = None):
-  """The training images, uint8 [count, S, S, 3], and labels [count, 2]; kept in `cache` under a name that tells its recipe."""
-  sources = b"".join(sorted(path.read_bytes() for path in pathlib.Path(__file__).parent.glob("*s.py")) + [
-      pathlib.Path(generate.__file__).read_bytes()])
-  files = [pathlib.Path(cache) / f"{name}-{seed}-{count}-{zlib.crc32(sources):08x}.npy" for name in ("images", "labels")] if cache else []
+  """The training images, uint8 [count, S, S, 3], and labels [count, 2].
+
+  With a folder `cache` they are kept there, under a name that changes with the generator's source.
+  """
+  sources = b"".join(pathlib.Path(module.__file__).read_bytes() for module in (fields, shapes, generate))
+  name = f"{seed}-{count}-{zlib.crc32(sources):08x}.npy"
+  files = [pathlib.Path(cache) / f"{kind}-{name}" for kind in ("images", "labels")] if cache else []
   if files and all(file.exists() for file in files):
     return tuple(np.load(file) for file in files)
   began = time.time()
@@ -123,7 +161,7 @@ def pool(seed: int, count: int, cache: str | None = None):
 
 
 def train(arrays, *, spec=SPEC, steps: int, batch: int, keep: float, whole: float, rate: float, decay: float,
-          weights: dict, seed: int, save=None, every: int = 500):
+          weights: dict, seed: int, structured: bool = True, save=None, every: int = 500):
   """Runs the recipe. `arrays` as `pool` returns them. Returns the backbone's parameters.
 
   Args:
@@ -132,7 +170,7 @@ def train(arrays, *, spec=SPEC, steps: int, batch: int, keep: float, whole: floa
     save: called with the backbone's parameters every `every` steps.
   """
   net, tx = build(spec), optimiser(steps, rate, decay)
-  params = init(jax.random.key(seed), spec)
+  params = init(jax.random.key(seed), spec, structured)
   state, step = tx.init(params), make_step(net, tx, weights)
   pictures, labels = arrays
   patches = spec.tokens - spec.prefix_tokens
@@ -156,19 +194,20 @@ def train(arrays, *, spec=SPEC, steps: int, batch: int, keep: float, whole: floa
 
 
 def main(_):
-  weights = {"classes": _CLASSES.value, "contrast": _CONTRAST.value, "describe": _DESCRIBE.value}
+  weights = {"shapes": _CLASSES.value, "textures": _CLASSES.value, "contrast": _CONTRAST.value,
+             "views": _DESCRIBE.value, "patches": _DESCRIBE.value}
   arrays = pool(_SEED.value, _IMAGES.value, _CACHE.value)
-  source = (f"transferlab.pretraining.train: {_STEPS.value} steps of {_BATCH.value} x 2 views, {_IMAGES.value} generated images, "
-            f"seed {_SEED.value}, loss weights {weights}")
+  source = (f"transferlab.pretraining.train: {_STEPS.value} steps of {_BATCH.value} x 2 views, {_IMAGES.value} "
+            f"generated images, seed {_SEED.value}, loss weights {weights}")
   save = lambda params: store.write(_OUT.value, jax.device_get(params), SPEC, PREPROCESSING, source)
   save(train(arrays, steps=_STEPS.value, batch=_BATCH.value, keep=_KEEP.value, whole=_WHOLE.value, rate=_RATE.value,
-             decay=_DECAY.value, weights=weights, seed=_SEED.value, save=save))
+             decay=_DECAY.value, weights=weights, seed=_SEED.value, structured=_STRUCTURED.value, save=save))
   print(f"weights in {_OUT.value}")
 
 
 if __name__ == "__main__":
   _OUT = flags.DEFINE_string("out", None, "Where to write the weights (safetensors).", required=True)
-  _CACHE = flags.DEFINE_string("cache", None, "Folder that keeps the generated images between runs (1.9 GB); none if not given.")
+  _CACHE = flags.DEFINE_string("cache", None, "Folder that keeps the generated images for another run (1.9 GB).")
   _SEED = flags.DEFINE_integer("seed", 0, "Seed of images, initial weights and views.")
   _IMAGES = flags.DEFINE_integer("images", 100_000, "Number of distinct images.")
   _STEPS = flags.DEFINE_integer("steps", 3000, "Optimiser steps.")
@@ -180,4 +219,5 @@ if __name__ == "__main__":
   _CLASSES = flags.DEFINE_float("classes", 1.0, "Weight of the class loss.")
   _CONTRAST = flags.DEFINE_float("contrast", 1.0, "Weight of the contrastive loss.")
   _DESCRIBE = flags.DEFINE_float("describe", 1.0, "Weight of the descriptor loss.")
+  _STRUCTURED = flags.DEFINE_bool("structured", True, "Start from the weights of `initial` instead of random ones.")
   app.run(main)

@@ -23,7 +23,7 @@ from transferlab.backbones.spec import Preprocessing, ViTSpec
 from transferlab.backbones.weights import files, layouts, names, preprocess
 from transferlab.backbones.weights.export import export_timm, save_weights
 from transferlab.backbones.weights.files import WeightsError
-from transferlab.backbones.weights.locate import Origin, locate
+from transferlab.backbones.weights.origin import Origin, locate
 from transferlab.backbones.weights.positions import resample_positions
 from transferlab.tree import difference, flatten, unflatten
 
@@ -126,7 +126,7 @@ def _read(origin: Origin):
 
 
 def _heads_of(layout: layouts.Layout, asked: ViTSpec, file: str) -> int | None:
-  """The asked architecture's heads, for a file whose shapes do not show them; None if another known width tells them."""
+  """The asked architecture's heads, for a file whose shapes show none; None if another known width tells them."""
   D = layouts.width(layout)
   if D not in {spec.width for spec in backbones.ARCHITECTURES.values()}:
     raise WeightsError(f"{file} is a ViT of width {D}; you asked for {asked.name}, which has width {asked.width}")

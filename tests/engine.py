@@ -1,0 +1,36 @@
+"""Helpers of the tests of training, resuming, adapters and the command line."""
+import json
+
+import numpy as np
+from PIL import Image
+
+from transferlab.optim import Optim
+from transferlab.train import Recipe
+
+
+def recipe(**changes) -> Recipe:
+  """15 steps on the tiny task's 40 images, on one device."""
+  base = dict(duration="3 epochs", batch_size=8, optim=Optim(lr=1e-2), log_every="1 steps", devices=1)
+  return Recipe(**{**base, **changes})
+
+
+def metrics(workdir) -> list[dict]:
+  """Rows of metrics.jsonl without what a clock put in them."""
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [{k: v for k, v in row.items() if k != "examples_per_second"} for row in rows]
+
+
+def write_images(root, classes=("ant", "bee", "cat"), count=8, seed=0, suffix=".jpg"):
+  """`root/<class>/<i>.jpg`: noise around a colour of the class, of an odd size."""
+  rng = np.random.default_rng(seed)
+  for c, name in enumerate(classes):
+    (root / name).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+      image = rng.normal(60 + 150 * np.eye(3)[c % 3], 25, (19, 23, 3))
+      Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / name / f"{i}{suffix}")
+  return root
+
+
+def files(folder) -> set[str]:
+  """Everything below a folder; empty if there is no folder."""
+  return {path.relative_to(folder).as_posix() for path in folder.rglob("*")} if folder.exists() else set()

@@ -1,0 +1,167 @@
+"""The conformance table: a row per registered method, each property a test of its own.
+
+A property that breaks names the method, the backbone and the property, e.g. test_property[dtl-vit_tiny_test-devices].
+"""
+import dataclasses
+import functools
+
+import pytest
+
+from transferlab import backbones, methods
+from transferlab.testing import PROPERTIES, Broken, Case, Expected, Skip, check_method
+
+TINY = backbones.architecture("vit_tiny_test")
+
+
+def pooled_patches(carry, site, y, x):
+  """The mean of the patch tokens goes into the final norm: how DTL pools."""
+  del x
+  return carry, y[:, TINY.prefix_tokens:].mean(axis=1, keepdims=True) if site == "pre_norm" else y
+
+
+def plain_pooled(carry, site, y, x):
+  """The same where there is no class token."""
+  del x
+  return carry, y.mean(axis=1, keepdims=True) if site == "pre_norm" else y
+
+
+def biases(spec) -> int:
+  """Of one block: ln1 D, qkv 3D, proj D, ln2 D, fc1 the MLP's width, fc2 D."""
+  return 7 * spec.width + spec.mlp_width
+
+
+def everything(spec) -> int:
+  D, N, p = spec.width, spec.tokens, spec.patch_size
+  block = 4 * D * D + 2 * D * spec.mlp_width + biases(spec) + 2 * D
+  return spec.depth * block + 3 * p * p * D + D + N * D + 2 * D + (D if spec.class_token else 0)
+
+
+# Sizes are the papers' formulas. FLOPs are a few per cent above the classes 1, 1 + 1/2, 2 1/2, 3, 3 1/2 of the tiny backbone.
+TABLE = {
+    "linear": Expected(identity=True, size=lambda spec: 0, mergeable=True, cost=1.05),
+    "full": Expected(identity=True, size=everything, mergeable=True, cost=3.5),
+    "bitfit": Expected(identity=True, size=lambda spec: spec.depth * biases(spec) + 2 * spec.width, mergeable=True, cost=2.6),
+    "lora": Expected(identity=True, still={"dropout": 0.0}, size=lambda spec: spec.depth * 4 * spec.width * 8,
+                     mergeable=True, cost=3.0),
+    "dtl": Expected(identity=pooled_patches, size=lambda spec: spec.depth * 4 * spec.width, mergeable=False, cost=1.6),
+}
+
+# Other forms of the same methods, under their own names.
+VARIANTS = {
+    "linear/site": ("linear", Expected(options={"site": "block_01/out", "tokens": "mean"}, size=lambda spec: 0,
+                                       mergeable=False, cost=1.05)),
+    "lora/fused": ("lora", Expected(options={"form": "fused", "rank": 4, "scale": 0.5, "dropout": 0.0}, identity=True,
+                                    size=lambda spec: spec.depth * 16 * spec.width, mergeable=True)),
+    "lora/weights": ("lora", Expected(options={"space": "weights", "dropout": 0.0}, identity=True,
+                                      size=lambda spec: spec.depth * 32 * spec.width, mergeable=True)),
+    "lora/noah": ("lora", Expected(options={"form": "fused", "compat": "noah", "dropout": 0.0}, identity=False,
+                                   size=lambda spec: spec.depth * 32 * spec.width, mergeable=True)),
+    "dtl/cls": ("dtl", Expected(options={"readout": "cls", "first_write": 1, "rank": 3}, identity=True,
+                                size=lambda spec: spec.depth * 6 * spec.width, mergeable=False)),
+}
+
+# Small ViTs that differ in what methods have to know: class token, pooling, GELU, bias of q, k, v.
+BACKBONES = {
+    "mean": dataclasses.replace(TINY, name="mean", pool="mean"),
+    "mean_no_cls": dataclasses.replace(TINY, name="mean_no_cls", class_token=False, pool="mean", gelu="tanh"),
+    "mean_before_norm": dataclasses.replace(TINY, name="mean_before_norm", pool="mean_before_norm", qkv_bias=False),
+    "mean_before_norm_no_cls": dataclasses.replace(TINY, name="mean_before_norm_no_cls", class_token=False,
+                                                   pool="mean_before_norm"),
+}
+
+
+@functools.cache
+def case(method: str, backbone: str) -> Case:
+  """Shared by the properties, so that each program is compiled once."""
+  name, expected = VARIANTS.get(method) or (method, TABLE[method])
+  spec = BACKBONES.get(backbone, TINY)
+  if not spec.class_token and expected.identity is pooled_patches:
+    expected = expected._replace(identity=plain_pooled)
+  if not spec.qkv_bias and expected.size and name in ("bitfit", "full"):
+    size = expected.size
+    expected = expected._replace(size=lambda spec: size(spec) - 3 * spec.width * spec.depth)
+  return Case(name, spec, expected)
+
+
+def check(method, backbone, name):
+  try:
+    PROPERTIES[name](case(method, backbone))
+  except Skip as reason:
+    pytest.skip(str(reason))
+
+
+def test_every_method_has_a_row():
+  assert set(TABLE) == set(methods.METHODS), "a registered method needs a row in TABLE, and a row a method"
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+@pytest.mark.parametrize("method", TABLE)
+def test_property(method, name):
+  check(method, "vit_tiny_test", name)
+
+
+CHEAP = ("logits", "identity", "size", "writes_from", "isolation", "save_load", "merged")
+
+
+@pytest.mark.parametrize("name", CHEAP)
+@pytest.mark.parametrize("method", VARIANTS)
+def test_property_of_variants(method, name):
+  check(method, "vit_tiny_test", name)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in PROPERTIES if name not in CHEAP])
+@pytest.mark.parametrize("method", VARIANTS)
+def test_property_of_variants_trained(method, name):
+  check(method, "vit_tiny_test", name)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", PROPERTIES)
+@pytest.mark.parametrize("method", [*TABLE, *VARIANTS])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_property_everywhere(backbone, method, name):
+  check(method, backbone, name)
+
+
+# --- The table itself: it passes what is right and names what is not -----------------------------------------------------
+
+def broken_linear(spec, *, site="pooled"):
+  """A linear probe by a third party, with mistakes: it hands gradients back and has a leaf that nothing uses."""
+  inner = methods.build("linear", spec, site=site)
+  def init(rng, frozen, num_classes):
+    trainable, state = inner.init(rng, frozen, num_classes)
+    return {**trainable, "unused": trainable["classifier"]["bias"]}, state
+  return inner._replace(
+      name="broken", init=init,
+      visit=lambda trainable, ctx: lambda carry, name, y, x: ({**carry, site: y} if name == site else carry, y))
+
+
+def test_check_method_passes_a_method_of_ones_own():
+  def mine(spec, *, bias=0.0):
+    probe = methods.build("linear", spec)
+    return probe._replace(name="mine", options={"bias": bias},
+                          readout=lambda *arguments: probe.readout(*arguments) + bias, merge=None)
+  found = check_method(mine, expected=Expected(options={"bias": 0.5}, mergeable=False), properties=CHEAP)
+  assert found == {"logits": "passed", "identity": "skipped: does not promise to start from the frozen model",
+                   "size": "skipped: no formula given", "writes_from": "passed", "isolation": "passed", "save_load": "passed",
+                   "merged": "skipped: offers no merge"}
+  assert "mine" not in methods.METHODS
+
+
+def test_check_method_names_every_broken_property():
+  with pytest.raises(Broken) as error:
+    check_method(broken_linear, expected=Expected(mergeable=False, size=lambda spec: 0, identity=True),
+                 properties=["logits", "identity", "size", "gradient", "isolation", "merged"])
+  lines = str(error.value).splitlines()
+  assert [line.split(": ")[0] for line in lines] == [
+      f"broken on vit_tiny_test, {name}" for name in ("size", "gradient", "isolation", "merged")]
+  assert "gradient of unused: found zero everywhere" in lines[1] and "stop_gradient" in lines[2]
+  assert all("found" in line and "expected" in line for line in lines)
+
+
+def test_check_method_refuses_unknown_names():
+  with pytest.raises(ValueError, match="nearest: .*devices"):
+    check_method("linear", properties=["device"])
+  with pytest.raises(ValueError, match="nearest: lora"):
+    check_method("lorra")

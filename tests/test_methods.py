@@ -1,0 +1,310 @@
+"""Methods against the original implementations, and what each of them promises beside the conformance table.
+
+Goldens are float32 runs of the original torch code, with a float64 run beside them. Ours agree with float64 as torch's
+float32 does, to a few 1e-7 of the largest value: float32 keeps 1e-7 per operation, and some ten of them follow each other.
+So tensors are compared to 1e-6 of their largest value (1e-6 itself where that is below 1).
+"""
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import transferlab as tl
+from transferlab import backbones, data, methods, tree
+from transferlab.backbones.spec import Preprocessing, ViTSpec
+from transferlab.backbones.weights import Weights, names
+from transferlab.checkpoint import load_adapter, save_adapter
+from transferlab.method import Context, chain, forward, predict, sizes, stages
+from transferlab.methods import classifier
+from transferlab.optim import Optim, make_optimiser
+from transferlab.step import compile_step, make_step, start
+
+GOLDEN = ViTSpec("golden", 32, 8, 32, 4, 4, 128)
+VIT_B16 = backbones.architecture("vit_b16")
+
+
+def close(found, wanted, tolerance=1e-6):
+  """Same names, and every leaf to `tolerance` of its largest value or of 1."""
+  found, wanted = tree.flatten(found), tree.flatten(wanted)
+  assert found.keys() == wanted.keys()
+  chex.assert_trees_all_equal_shapes(found, wanted)
+  for name, leaf in wanted.items():
+    np.testing.assert_allclose(found[name], leaf, rtol=0, atol=tolerance * max(1, np.abs(leaf).max()), err_msg=name)
+
+
+def native(arrays, prefix, depth=4):
+  """Our parameters of a backbone in timm's names under a prefix."""
+  rules = names.expand(names.timm(), depth)
+  return tree.unflatten(names.to_native(rules, {k.removeprefix(prefix): arrays[k] for k in arrays if k.startswith(prefix)}))
+
+
+def head(arrays, prefix):
+  return {"kernel": arrays[f"{prefix}head.weight"].T, "bias": arrays[f"{prefix}head.bias"]}
+
+
+# Our trainable of each original's parameters, or of their gradients: torch holds (out, in), we (in, out).
+
+def dtl_trainable(arrays, prefix):
+  pair = lambda i: {k: arrays[f"{prefix}lora_dict.{i}.lora_{k.upper()}"].T for k in "ab"}
+  return {"side": {f"block_{i:02d}": pair(i) for i in range(4)}, "classifier": head(arrays, prefix)}
+
+
+def lora_qv_trainable(arrays, prefix):
+  pair = lambda i, p: {k: arrays[f"{prefix}blocks.{i}.attn.lora_{p}.adapter_{n}.weight"].T for k, n in (("a", "down"), ("b", "up"))}
+  return {"lora": {f"block_{i:02d}": {p: pair(i, p) for p in "qv"} for i in range(4)}, "classifier": head(arrays, prefix)}
+
+
+def lora_fused_trainable(arrays, prefix):
+  pair = lambda i: {k: arrays[f"{prefix}blocks.{i}.attn.LoRA_{k}.weight"].T for k in "ab"}
+  return {"lora": {f"block_{i:02d}": {"qkv": pair(i)} for i in range(4)}, "classifier": head(arrays, prefix)}
+
+
+QV = {"rank": 4, "scale": 0.5, "dropout": 0.0}
+FUSED = {"rank": 4, "form": "fused", "dropout": 0.0}
+GOLDENS = [
+    ("dtl_vit", "dtl", {"rank": 2, "first_write": 3}, dtl_trainable),
+    ("lora_qv_petlvit", "lora", QV, lora_qv_trainable),
+    ("lora_qv_petlvit", "lora", {**QV, "space": "weights"}, lora_qv_trainable),
+    ("lora_qkv_noah", "lora", FUSED, lora_fused_trainable),
+    ("lora_qkv_noah", "lora", {**FUSED, "space": "weights"}, lora_fused_trainable)]
+
+
+def read(path):
+  with np.load(path, allow_pickle=False) as file:
+    return dict(file)
+
+
+@pytest.mark.parametrize("file, name, options, trainable_of", GOLDENS,
+                         ids=[f"{g[0]}-{g[2].get('space', 'activations')}" for g in GOLDENS])
+def test_golden(golden, file, name, options, trainable_of):
+  """Logits, loss and the gradient of every trainable leaf equal the original's."""
+  arrays = read(golden(f"dtl_and_petl/{file}.npz"))
+  method, backbone = methods.build(name, GOLDEN, **options), backbones.build(GOLDEN)
+  frozen, trainable = native(arrays, "param/"), trainable_of(arrays, "param/")
+  batch = {"target": jax.nn.one_hot(arrays["labels"], 10), "weight": jnp.ones(3)}
+  images = arrays["images"].transpose(0, 2, 3, 1)  # [B, S, S, 3]
+
+  @jax.jit
+  def run(trainable, frozen, images):
+    def loss(trainable):
+      context = Context(batch=batch, frozen=frozen, train=True, rng=jax.random.key(0))
+      outputs = forward(method, backbone, trainable, images, context)
+      return method.loss(trainable, outputs, context), outputs.logits
+    return jax.value_and_grad(loss, has_aux=True)(trainable)
+
+  (loss, logits), gradient = run(trainable, frozen, images)
+  chex.assert_shape(logits, (3, 10))
+  close({"loss": loss, "logits": logits}, {"loss": arrays["loss"], "logits": arrays["logits"]})
+  close({"loss": loss, "logits": logits}, {"loss": arrays["loss_f64"], "logits": arrays["logits_f64"]})
+  assert {f"grad/{n}" for n in json.loads(str(arrays["meta_json"]))["trainable"]} == {n for n in arrays if n.startswith("grad/")}
+  assert len(tree.flatten(gradient)) == len([n for n in arrays if n.startswith("grad/")])  # every gradient is compared
+  close(gradient, trainable_of(arrays, "grad/"))
+  close(gradient, trainable_of(arrays, "grad64/"))
+
+
+@pytest.mark.parametrize("file, options, trainable_of",
+                         [("lora_qv_petlvit", QV, lora_qv_trainable), ("lora_qkv_noah", FUSED, lora_fused_trainable)])
+def test_merged_lora_gives_the_golden_logits(golden, file, options, trainable_of):
+  arrays = read(golden(f"dtl_and_petl/{file}.npz"))
+  trainable = trainable_of(arrays, "param/")
+  params = methods.build("lora", GOLDEN, **options).merge(trainable, native(arrays, "param/"))
+  features, _ = jax.jit(lambda params, images: backbones.build(GOLDEN).apply(params, images))(
+      params, arrays["images"].transpose(0, 2, 3, 1))
+  close({"": classifier.apply(trainable["classifier"], features)}, {"": arrays["logits_f64"]})
+
+
+def test_five_steps_of_dtl(golden):
+  """Five AdamW steps from the authors' initialisation, through the real step and optimiser."""
+  arrays = read(golden("dtl_and_petl/train5_dtl_vit.npz"))
+  spec = ViTSpec("golden", 56, 4, 32, 4, 4, 128)
+  frozen, trainable = native(arrays, "init/"), jax.tree.map(jnp.array, dtl_trainable(arrays, "init/"))
+  method, backbone = methods.build("dtl", spec, first_write=3), backbones.build(spec)
+  rates = jnp.asarray(arrays["lrs"], jnp.float32)
+  optimiser = make_optimiser(Optim(weight_decay=0.05, decay=((".*bias", 0.0),)), lambda step: rates[step], trainable)
+  # The golden images are normalised already. A step divides pixels by 255 and by std: std = 1/255 gives them back to 1 ulp.
+  preprocessing = Preprocessing(56, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+  step, run = make_step(method, backbone, optimiser, preprocessing, 10), start(trainable, {}, optimiser)
+  compiled = None
+  for t in range(5):
+    rows = slice(4 * t, 4 * t + 4)
+    batch = {"image": jnp.asarray(arrays["images"][rows].transpose(0, 2, 3, 1)), "weight": jnp.ones(4),
+             "label": jnp.asarray(arrays["labels"][rows], jnp.int32)}
+    compiled = compiled or compile_step(step, run, frozen, batch)
+    run, metrics = compiled(run, frozen, batch)
+    assert abs(float(metrics["loss"]) - arrays["losses"][t]) < 1e-6
+    if t == 0:  # at the start only B and the classifier have a gradient (Adam's first moment is a tenth of it)
+      norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for n, g in arrays.items() if n.startswith("grad0/")))
+      assert abs(float(metrics["grad_norm"]) - norm) < 1e-6 * max(1, norm)
+    close(run.trainable, dtl_trainable(arrays, f"step{t + 1}/"))
+
+
+# --- Sizes ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, options, expected", [
+    ("linear", {}, 0), ("full", {}, 85_798_656), ("bitfit", {}, 102_912), ("lora", {}, 294_912),
+    ("lora", {"form": "fused"}, 294_912), ("dtl", {}, 36_864), ("dtl", {"rank": 4}, 73_728)])
+def test_published_sizes_on_vit_b16(name, options, expected):
+  found = sizes(methods.build(name, VIT_B16, **options), backbones.abstract_params(VIT_B16), 100)
+  assert found.trainable_without_classifier == expected
+  assert found.trainable == expected + 100 * 768 + 100
+  assert found.frozen == 85_798_656 and found.state == 0
+
+
+def test_a_dtl_adapter_of_vit_b16_is_below_a_megabyte(tmp_path):
+  method = methods.build("dtl", VIT_B16)
+  trainable, state = method.init(jax.random.key(0), None, 100)
+  weights = Weights(VIT_B16, {}, None, Preprocessing(224), "vit_b16", "random", "0" * 64)
+  save_adapter(tmp_path / "a.safetensors", method, trainable, state, weights=weights, class_names=[f"class {i}" for i in range(100)])
+  size = (tmp_path / "a.safetensors").stat().st_size
+  assert 4 * (36_864 + 76_900) < size < 1e6
+  chex.assert_trees_all_equal(load_adapter(tmp_path / "a.safetensors").trainable, jax.tree.map(np.asarray, trainable))
+
+
+# --- Where gradients go ---------------------------------------------------------------------------------------------------
+
+
+
+CROSSED = []  # sites whose backward pass was traced
+_wire = jax.custom_vjp(lambda y, site: y, nondiff_argnums=(1,))
+_wire.defvjp(lambda y, site: (y, None), lambda site, _, g: (CROSSED.append(site), (g,))[1])
+
+
+def trip_wire(carry, site, y, x):
+  """A visitor that notes the blocks into which a cotangent comes."""
+  del x
+  return carry, y if y is None else _wire(y, site)
+
+
+@pytest.mark.parametrize("name, options, blocks", [
+    ("dtl", {}, {2}), ("dtl", {"first_write": 1}, {1, 2}), ("dtl", {"first_write": 3}, set()),
+    ("lora", {}, {0, 1, 2}), ("linear", {}, set()), ("linear", {"site": "block_01/out"}, set())])
+def test_no_cotangent_below_the_first_write(tiny_spec, name, options, blocks):
+  """Blocks before the method's first write are no part of the backward pass: it is what saves their memory."""
+  method, backbone = methods.build(name, tiny_spec, **options), backbones.build(tiny_spec)
+  params = backbones.abstract_params(tiny_spec)
+  trainable, state = jax.eval_shape(lambda rng, p: method.init(rng, p, 4), jax.random.key(0), params)
+  wired = method._replace(visit=lambda trainable, ctx: chain(trip_wire, method.visit(trainable, ctx)))
+  def loss(trainable, params, images):
+    context = Context({"target": jnp.ones((2, 4)), "weight": jnp.ones(2)}, {}, params, {}, jax.random.key(0), True)
+    return method.loss(trainable, forward(wired, backbone, trainable, images, context), context)
+  CROSSED.clear()
+  jax.eval_shape(jax.grad(loss), trainable, params, jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32))
+  assert {int(site[6:8]) for site in CROSSED if site.startswith("block_")} == blocks
+  assert method.writes_from == min(blocks, default=tiny_spec.depth)
+
+
+# --- Initialisation and options -------------------------------------------------------------------------------------------
+
+def test_initialisation_of_dtl():
+  side = methods.build("dtl", VIT_B16).init(jax.random.key(0), None, 10)[0]["side"]
+  a = np.stack([pair["a"] for pair in side.values()])
+  chex.assert_shape(a, (12, 768, 2))
+  assert 0.99 * 768 ** -0.5 < np.abs(a).max() <= 768 ** -0.5
+  np.testing.assert_allclose(a.std(), 768 ** -0.5 / 3 ** 0.5, rtol=0.02)
+  assert not any(np.any(pair["b"]) for pair in side.values())
+
+
+def test_initialisation_of_lora():
+  spec = backbones.architecture("vit_s16")
+  pairs = lambda **options: list(methods.build("lora", spec, **options).init(jax.random.key(0), None, 10)[0]["lora"].values())
+  for block in pairs():
+    assert sorted(block) == ["q", "v"]
+    assert np.abs(block["q"]["a"]).max() <= 384 ** -0.5 and not np.any(block["q"]["b"])
+    assert not np.array_equal(block["q"]["a"], block["v"]["a"])
+  for block in pairs(form="fused", compat="noah"):  # NOAH's model-wide initialisation overwrites LoRA's zero
+    chex.assert_shape([block["qkv"]["a"], block["qkv"]["b"]], [(384, 8), (8, 1152)])
+    np.testing.assert_allclose([np.std(block["qkv"]["a"]), np.std(block["qkv"]["b"])], 0.02, rtol=0.05)
+  first, second = pairs(form="fused")[:2]
+  assert not np.array_equal(first["qkv"]["a"], second["qkv"]["a"]) and not np.any(first["qkv"]["b"])
+
+
+@pytest.mark.parametrize("name, options, message", [
+    ("lroa", {}, "'lroa' is unknown; nearest: lora"),
+    ("lora", {"rnk": 4}, "no option 'rnk'; nearest: rank"),
+    ("bitfit", {"rank": 4}, "no option 'rank'; it has none"),
+    ("lora", {"form": "qkv"}, "expected form 'qv' or 'fused'"),
+    ("lora", {"rank": 0}, "rank is 0; expected 1 to the width, 16"),
+    ("lora", {"space": "weights"}, "set dropout=0 with space='weights'"),
+    ("lora", {"compat": "noah"}, "set form='fused'"),
+    ("dtl", {"first_write": 4}, "first_write is 4; expected 1 to the depth, 3"),
+    ("dtl", {"first_write": 0}, "first_write is 0"),
+    ("dtl", {"readout": "mena"}, "expected 'mean' or 'cls'"),
+    ("dtl", {"rank": 17}, "expected 1 to the width, 16"),
+    ("linear", {"site": "block_1/out"}, "nearest: block_01/out"),
+    ("linear", {"tokens": "max"}, "expected 'cls' or 'mean'"),
+    ("linear", {"site": "patch"}, "no class token; use tokens='mean'")])
+def test_wrong_options_are_one_line_errors(tiny_spec, name, options, message):
+  with pytest.raises(ValueError) as error:
+    methods.build(name, tiny_spec, **options)
+  assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_dropout_of_lora_acts_in_training_only(tiny_spec, tiny_weights):
+  backbone, images = backbones.build(tiny_spec), np.random.default_rng(0).standard_normal((2, 16, 16, 3), np.float32)
+  for form in ("qv", "fused"):
+    with_, without = (methods.build("lora", tiny_spec, form=form, dropout=rate) for rate in (0.5, 0.0))
+    trainable = jax.tree.map(lambda x: x + 0.1, without.init(jax.random.key(0), tiny_weights.params, 3)[0])
+    def logits(method, rng):
+      context = Context(frozen=tiny_weights.params, rng=rng, train=rng is not None)
+      return forward(method, backbone, trainable, images, context).logits
+    run = jax.jit(logits, static_argnums=0)
+    dry = run(without, jax.random.key(1))
+    np.testing.assert_allclose(predict(with_, backbone, trainable, {}, tiny_weights.params, images), dry, atol=1e-5)
+    wet = [run(with_, jax.random.key(seed)) for seed in (1, 2, 1)]
+    assert np.abs(wet[0] - dry).max() > 1e-3 and np.abs(wet[0] - wet[1]).max() > 1e-3
+    np.testing.assert_array_equal(wet[0], wet[2])
+
+
+# --- Stages, and methods of others ----------------------------------------------------------------------------------------
+
+def test_full_after_a_probe_starts_from_its_classifier(tiny_spec, tiny_weights):
+  seen = []
+  def train(method):
+    trainable, state = method.init(jax.random.key(len(seen)), tiny_weights.params, 3)
+    seen.append(trainable)
+    return jax.tree.map(lambda x: x + 1, trainable), state
+  (probe, first, _), (full, _, _) = stages(methods.build("full", tiny_spec, probe_first=True), train)
+  assert (sorted(seen[0]), sorted(seen[1])) == (["classifier"], ["backbone", "classifier"])
+  assert probe.merge is None and full.merge and full.then is None
+  chex.assert_trees_all_equal(seen[1]["classifier"], first["classifier"])
+  chex.assert_trees_all_equal(seen[1]["backbone"], tiny_weights.params)
+
+
+def test_two_stages_are_trained_saved_and_loaded(tiny_weights, tiny_task, tmp_path):
+  task = data.Task("train only", tiny_task.class_names, {"train": tiny_task.splits["train"]})
+  recipe = tl.Recipe(duration="2 steps", batch_size=8, devices=1)
+  run = tl.fit(tiny_weights, "full", task, recipe, options={"probe_first": True}, workdir=tmp_path / "run", quiet=True)
+  assert sorted(run.trainable) == ["backbone", "classifier"]
+  found = load_adapter(run.adapter)
+  assert found.method.name == "full" and found.method.then is None
+  chex.assert_trees_all_equal(found.trainable, jax.tree.map(np.asarray, run.trainable))
+  assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"stage_0", "stage_1"}
+
+
+def scale_features(spec, *, power: float = 1.0):
+  """A method of a third party: it scales the features, and keeps a constant as state."""
+  def init(rng, frozen, num_classes):
+    return {"gain": jnp.ones(spec.width), "classifier": classifier.init(rng, spec.width, num_classes)}, {"shift": jnp.full((), 0.5)}
+  def readout(trainable, features, carry, ctx):
+    features = jax.lax.stop_gradient(features) * trainable["gain"] ** power + ctx.state["shift"]
+    return classifier.apply(trainable["classifier"], features)
+  return tl.Method(name="scale_features", options={"power": power}, init=init, readout=readout, writes_from=spec.depth)
+
+
+def test_fit_takes_a_method_of_a_third_party(tiny_weights, tiny_task, tmp_path, monkeypatch):
+  """A Method needs no registration to be trained; loading its file does, since the file names it."""
+  run = tl.fit(tiny_weights, scale_features(tiny_weights.spec, power=2.0), tiny_task,
+               tl.Recipe(duration="20 epochs", batch_size=8, optim=tl.Optim(lr=1e-2), devices=1), workdir=tmp_path / "run", quiet=True)
+  assert run.result["method"] == "scale_features" and run.result["options"] == {"power": 2.0}
+  assert run.result["test"]["examples"] == 14 and run.result["test"]["accuracy"] > 0.5  # chance is 0.25
+  assert float(run.state["shift"]) == 0.5 and np.abs(run.trainable["gain"] - 1).max() > 1e-3
+  with pytest.raises(ValueError, match="'scale_features' is unknown; nearest"):
+    load_adapter(run.adapter)
+  monkeypatch.setitem(methods.METHODS, "scale_features", scale_features)
+  found = load_adapter(run.adapter)
+  assert found.method.options == {"power": 2.0}
+  chex.assert_trees_all_equal(found.trainable, jax.tree.map(np.asarray, run.trainable))
+  chex.assert_trees_all_equal(found.state, jax.tree.map(np.asarray, run.state))

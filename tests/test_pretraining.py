@@ -1,0 +1,129 @@
+"""The generator is a function of (seed, index), the recipe takes steps, the bundled weights beat untrained ones."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transferlab import tree
+from transferlab.backbones import abstract_params
+from transferlab.backbones import build
+from transferlab.backbones.spec import ViTSpec
+from transferlab.pretraining import augment
+from transferlab.pretraining import descriptors
+from transferlab.pretraining import fields
+from transferlab.pretraining import generate
+from transferlab.pretraining import probe
+from transferlab.pretraining import shapes
+from transferlab.pretraining import store
+from transferlab.pretraining import train
+
+TINY = ViTSpec("tiny", image_size=64, patch_size=16, width=16, depth=2, heads=2, mlp_width=32)
+WEIGHTS = {"shapes": 1.0, "textures": 1.0, "contrast": 1.0, "views": 1.0, "patches": 1.0}
+
+
+def test_images_are_a_function_of_seed_and_index():
+  forward = [generate.image(3, i)[0] for i in range(12)]
+  backward = [generate.image(3, i)[0] for i in reversed(range(12))][::-1]
+  assert all(a.tobytes() == b.tobytes() for a, b in zip(forward, backward))
+  assert len({a.tobytes() for a in forward}) == 12
+  assert generate.image(4, 0)[0].tobytes() != forward[0].tobytes()
+
+
+def test_images_are_the_recorded_ones():
+  """Thumbnails of four images: libraries may differ in a last bit, not in a picture."""
+  thumbnails = np.stack([generate.image(0, i)[0] for i in range(4)]).reshape(4, 2, 40, 2, 40, 3).mean((2, 4, 5))
+  np.testing.assert_allclose(thumbnails.ravel(), RECORDED, atol=1.0)
+
+
+RECORDED = [86.0, 86.9, 90.4, 88.8, 174.7, 154.8, 154.5, 149.0, 109.4, 91.3, 107.1, 95.0, 208.3, 202.2, 187.7, 184.5]
+
+
+def test_many_images_equal_single_ones_whatever_the_workers():
+  pictures, labels = generate.images(0, 5, 15, workers=1)
+  assert pictures.dtype == np.uint8 and pictures.shape == (10, generate.SIZE, generate.SIZE, 3)
+  for i, (picture, label) in enumerate(zip(pictures, labels), start=5):
+    expected = generate.image(0, i)
+    assert picture.tobytes() == expected[0].tobytes() and tuple(label) == expected[1]
+  assert labels[:, 0].max() < generate.SHAPES and labels[:, 1].max() < generate.TEXTURES and labels.min() >= -1
+
+
+@pytest.mark.parametrize("label", range(len(fields.FAMILIES)))
+def test_texture_families_fill_the_unit_range(label):
+  for variant in range(4):
+    field = fields.texture(0, label + variant * len(fields.FAMILIES), np.random.default_rng(0), 48)
+    assert field.shape == (48, 48) and field.dtype == np.float32 and np.isfinite(field).all()
+    assert field.min() == 0 and field.max() <= 1 and field.std() > 0.01
+
+
+@pytest.mark.parametrize("label", range(len(shapes.FAMILIES)))
+def test_shape_families_draw_something(label):
+  covered = []
+  for variant in range(6):
+    rng = np.random.default_rng(variant)
+    mask, inner = shapes.shape(0, label + variant * len(shapes.FAMILIES), rng, shapes.pose(rng, True), 48)
+    for plane in (mask, inner):
+      assert plane.shape == (48, 48) and plane.dtype == np.float32 and plane.min() >= 0 and plane.max() <= 1
+    covered.append(mask.mean())
+  assert 0.01 < np.mean(covered) < 0.8
+
+
+def test_views_keep_shape_and_range():
+  images = generate.images(0, 0, 4, workers=1)[0]
+  out = augment.views(jax.random.key(0), images, 64, noise=0)
+  assert out.shape == (4, 64, 64, 3) and float(out.min()) >= -1.001 and float(out.max()) <= 1.001
+
+
+def test_whole_crop_of_the_same_size_is_the_image():
+  images = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3))
+  rows = augment.resampling(jnp.zeros(2), jnp.full(2, 16.0), 16, 16)
+  np.testing.assert_allclose(jnp.einsum("bts,bsxc->btxc", rows, images), images, atol=1e-6)
+
+
+def test_descriptors_tell_colour_and_orientation():
+  x = jnp.sin(jnp.arange(64) * 0.7)
+  upright = jnp.broadcast_to(x[None, None, :, None], (1, 64, 64, 3))
+  lying = upright.transpose(0, 2, 1, 3)
+  a, b = (descriptors.describe(image)[0, -descriptors.ORIENTATIONS:] for image in (upright, lying))
+  assert a.argmax() == 0 and b.argmax() == descriptors.ORIENTATIONS // 2
+  assert descriptors.describe(upright).shape == (1, descriptors.SIZE)
+
+
+def test_training_takes_steps_and_is_deterministic(capsys):
+  arrays = generate.images(0, 0, 24, workers=1)
+  run = lambda: train.train(arrays, spec=TINY, steps=3, batch=8, keep=0.5, whole=0.34, rate=1e-3, decay=0.05,
+                            weights=WEIGHTS, seed=0)
+  first, second = tree.flatten(run()), tree.flatten(run())
+  start = tree.flatten(train.init(jax.random.key(0), TINY)["backbone"])
+  assert "step 3/3" in capsys.readouterr().out
+  for name, leaf in first.items():
+    assert np.isfinite(leaf).all() and np.array_equal(leaf, second[name])
+  assert sum(not np.array_equal(first[name], start[name]) for name in start) == len(start)
+
+
+def test_store_round_trip(tmp_path):
+  params = build(TINY).init(jax.random.key(0))
+  store.write(tmp_path / "w.safetensors", params, TINY, train.PREPROCESSING, "test")
+  read, spec, preprocessing, source = store.read(tmp_path / "w.safetensors")
+  assert (spec, preprocessing, source) == (TINY, train.PREPROCESSING, "test")
+  assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+  for name, leaf in tree.flatten(params).items():
+    np.testing.assert_allclose(tree.flatten(read)[name], leaf, rtol=1e-3, atol=1e-6)
+
+
+def test_bundled_weights_are_small_and_fit_their_spec():
+  assert store.BUNDLED.stat().st_size <= 8 * 2 ** 20
+  params, spec, preprocessing, _ = store.read(store.BUNDLED)
+  assert spec == train.SPEC and preprocessing.image_size == spec.image_size
+  expected = {name: leaf.shape for name, leaf in tree.flatten(abstract_params(spec)).items()}
+  assert {name: leaf.shape for name, leaf in tree.flatten(params).items()} == expected
+  assert all(np.isfinite(leaf).all() for leaf in tree.flatten(params).values())
+
+
+def test_bundled_weights_beat_untrained_ones_on_digits():
+  params, spec, preprocessing, _ = store.read(store.BUNDLED)
+  images, labels = probe.digits(preprocessing.image_size)["train"]
+  extract = probe.extractor(spec)
+  def accuracy(params):
+    features = extract(params, images[:500])["mean"]
+    return probe.classifier(0.01).fit(features[:300], labels[:300]).score(features[300:], labels[300:500])
+  assert accuracy(params) > accuracy(build(spec).init(jax.random.key(0))) + 0.1
