@@ -20,7 +20,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-  config.addinivalue_line("markers", "full: all methods on all backbones and the like; left out unless --full or -m full")
+  config.addinivalue_line("markers", "full: all methods on all backbones; left out unless --full or -m full")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -41,7 +41,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def golden():
-  """name, such as "dtl_and_petl/dtl_vit.npz" -> its path: the copy under tests/golden, else the original in ../shared."""
+  """name, such as "dtl_and_petl/dtl_vit.npz" -> its path: the copy in tests/golden, else the original in ../shared."""
   def find(name: str) -> Path:
     for folder in (ROOT / "tests" / "golden", SHARED / "golden"):
       if (folder / name).exists():
@@ -57,30 +57,33 @@ def tiny_spec():
 
 
 @pytest.fixture(scope="session")
-def tiny_weights(tiny_spec):
-  """Random weights of the tiny backbone, drawn on the host."""
-  return make_weights(tiny_spec)
-
-
-def make_weights(spec, seed: int = 0):
-  """Random `Weights` of a spec: norms around 1, kernels scaled by their fan-in, the rest small."""
+def random_weights():
+  """spec -> random `Weights`: norms around 1, kernels scaled by their fan-in, the rest small. Drawn on the host, which
+  is quicker than compiling initialisers."""
   from transferlab import backbones, tree
   from transferlab.backbones.spec import Preprocessing
   from transferlab.backbones.weights import Weights, weights_hash
-  rng = np.random.default_rng(seed)
-  def draw(name, shape):
-    noise = rng.standard_normal(shape).astype(np.float32)
-    if name.endswith("scale"):
-      return 1 + 0.1 * noise
-    return noise * np.float32(np.prod(shape[:-1]) ** -0.5 if len(shape) > 1 else 0.1)
-  shapes = tree.flatten(backbones.abstract_params(spec))
-  params = tree.unflatten({name: draw(name, leaf.shape) for name, leaf in shapes.items()})
-  return Weights(spec, params, None, Preprocessing(spec.image_size), spec.name, "random", weights_hash(params, spec))
+  def make(spec, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    def draw(name, shape):
+      noise = rng.standard_normal(shape).astype(np.float32)
+      if name.endswith("scale"):
+        return 1 + 0.1 * noise
+      return noise * np.float32(np.prod(shape[:-1]) ** -0.5 if len(shape) > 1 else 0.1)
+    shapes = tree.flatten(backbones.abstract_params(spec))
+    params = tree.unflatten({name: draw(name, leaf.shape) for name, leaf in shapes.items()})
+    return Weights(spec, params, None, Preprocessing(spec.image_size), spec.name, "random", weights_hash(params, spec))
+  return make
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(random_weights, tiny_spec):
+  return random_weights(tiny_spec)
 
 
 @pytest.fixture(scope="session")
 def tiny_task():
-  """40 training, 10 validation and 14 test images [16, 16, 3] of 4 classes: a bright square on noise, its corner the class."""
+  """40, 10 and 14 images [16, 16, 3] of 4 classes: a bright square on noise, its corner the class."""
   from transferlab import data
   rng = np.random.default_rng(0)
   labels = np.arange(64) % 4

@@ -4,6 +4,7 @@ import json
 import numpy as np
 from PIL import Image
 
+from transferlab import data
 from transferlab.optim import Optim
 from transferlab.train import Recipe
 
@@ -12,6 +13,15 @@ def recipe(**changes) -> Recipe:
   """15 steps on the tiny task's 40 images, on one device."""
   base = dict(duration="3 epochs", batch_size=8, optim=Optim(lr=1e-2), log_every="1 steps", devices=1)
   return Recipe(**{**base, **changes})
+
+
+def colours() -> data.Task:
+  """An easy task: 40, 10 and 14 images [16, 16, 3] of 4 classes that differ in colour."""
+  rng, labels = np.random.default_rng(0), np.arange(64) % 4
+  centres = np.array([[60, 60, 60], [200, 60, 60], [60, 200, 60], [60, 60, 200]])
+  images = rng.normal(centres[labels][:, None, None], 30, (64, 16, 16, 3)).clip(0, 255).astype(np.uint8)
+  splits = {"train": range(40), "val": range(40, 50), "test": range(50, 64)}
+  return data.arrays(images, labels, ["grey", "red", "green", "blue"], splits, name="colours")
 
 
 def metrics(workdir) -> list[dict]:

@@ -6,10 +6,8 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from conftest import make_weights
-from engine import files, metrics, recipe, write_images
+from engine import colours, files, metrics, recipe, write_images
 from rich.console import Console
 from sklearn import metrics as oracle
 
@@ -17,35 +15,34 @@ from transferlab import backbones, cost, data, devices, methods, progress, tree,
 from transferlab.backbones.weights import weights_hash
 from transferlab.checkpoint import load_adapter
 from transferlab.evaluate import evaluate
-from transferlab.method import predict
 from transferlab.optim import Optim, make_optimiser
 from transferlab.step import compile_step, make_step, start, to_inputs
 from transferlab.train import NotFinite, Recipe, fit
 
 SGD = Optim(name="sgd", lr=0.1, schedule="constant", momentum=0.0, weight_decay=0.0)
+LEARNS = recipe(duration="8 epochs", optim=Optim(lr=2e-2), checkpoint_every="2 epochs")
 
 
 @pytest.fixture(scope="module")
-def ran(tiny_weights, tiny_task, tmp_path_factory):
+def ran(tiny_weights, tmp_path_factory):
   """(workdir, Fit) of one run of DTL that the tests below look at."""
   workdir = tmp_path_factory.mktemp("runs") / "dtl"
-  asked = recipe(duration="8 epochs", optim=Optim(lr=5e-2), checkpoint_every="2 epochs")
-  return workdir, fit(tiny_weights, "dtl", tiny_task, asked, options={"rank": 4, "readout": "cls"}, workdir=workdir, quiet=True)
+  return workdir, fit(tiny_weights, "dtl", colours(), LEARNS, options={"rank": 4}, workdir=workdir, quiet=True)
 
 
 def test_it_learns(ran):
   rows = [row["loss"] for row in metrics(ran[0]) if "loss" in row]
   assert len(rows) == 40
   assert np.mean(rows[-5:]) < 0.7 * np.mean(rows[:5])
-  assert ran[1].result["test"]["accuracy"] > 0.6  # chance is 0.25
+  assert ran[1].result["test"]["accuracy"] > 0.9  # chance is 0.25
 
 
 def test_the_backbone_is_left_alone(ran, tiny_weights):
   assert weights_hash(tiny_weights.params, tiny_weights.spec) == tiny_weights.hash
 
 
-def test_what_a_run_leaves(ran, tiny_weights, tiny_task):
-  workdir, run = ran
+def test_what_a_run_leaves(ran, tiny_weights):
+  workdir, run, task = *ran, colours()
   config, result = (json.loads((workdir / name).read_text()) for name in ("config.json", "result.json"))
   assert config["recipe"]["duration"] == "8 epochs" and config["options"]["rank"] == 4
   assert config["options"]["first_write"] == 2  # resolved, not the None that was asked for
@@ -54,11 +51,11 @@ def test_what_a_run_leaves(ran, tiny_weights, tiny_task):
   assert [row["step"] for row in rows if "val" in row] == [5, 10, 15, 20, 25, 30, 35, 40]
   assert all({"step", "loss", "grad_norm", "lr", "stage"} == row.keys() for row in rows if "loss" in row)
   assert result == json.loads(json.dumps(run.result))
-  assert result["backbone_hash"] == tiny_weights.hash and result["split_hash"] == tiny_task.split_hash()
+  assert result["backbone_hash"] == tiny_weights.hash and result["split_hash"] == task.split_hash()
   assert result["preprocessing"]["mean"] == [0.5, 0.5, 0.5] and result["image_size"] == 16
-  assert result["pixels"] == tiny_task.splits["train"].fingerprint()
+  assert result["pixels"] == task.splits["train"].fingerprint()
   assert result["recipe"]["seed"] == 0 and result["protocol"] == "best on val, test once"
-  assert result["examples"] == {"train": 40, "val": 10, "test": 14} == {k: len(v) for k, v in tiny_task.splits.items()}
+  assert result["examples"] == {"train": 40, "val": 10, "test": 14} == {k: len(v) for k, v in task.splits.items()}
   assert result["test"]["examples"] == 14 and result["val"]["examples"] == 10
   assert result["steps"] == 40 and result["selected_step"] in range(5, 41, 5)
   assert result["trainable"] == result["trainable_without_classifier"] + 17 * 4
@@ -67,13 +64,13 @@ def test_what_a_run_leaves(ran, tiny_weights, tiny_task):
     assert result[field], field
 
 
-def test_the_adapter_is_the_fit(ran, tiny_task):
+def test_the_adapter_is_the_fit(ran):
   workdir, run = ran
   adapter = load_adapter(run.adapter)
-  assert run.adapter == workdir / "adapter.safetensors" and adapter.class_names == tiny_task.class_names
+  assert run.adapter == workdir / "adapter.safetensors" and adapter.class_names == ("grey", "red", "green", "blue")
   found, kept = tree.flatten(adapter.trainable), tree.flatten(run.trainable)
   assert found.keys() == kept.keys() and all(np.array_equal(found[name], kept[name]) for name in found)
-  assert adapter.header["test"] == run.result["test"] and adapter.header["task"] == "corners"
+  assert adapter.header["test"] == run.result["test"] and adapter.header["task"] == "colours"
 
 
 def test_tensorboard_where_installed(ran):
@@ -81,16 +78,15 @@ def test_tensorboard_where_installed(ran):
   assert any((ran[0] / "tensorboard").iterdir())
 
 
-def test_a_method_object_in_memory(ran, tiny_weights, tiny_task, tmp_path, monkeypatch):
+def test_a_method_object_in_memory(ran, tiny_weights, tmp_path, monkeypatch):
   """Without a workdir nothing is written and the numbers are the same; step and prediction are traced once each."""
   traces = []
-  method = methods.build("dtl", tiny_weights.spec, rank=4, readout="cls")
+  method = methods.build("dtl", tiny_weights.spec, rank=4)
   def readout(*args):
     traces.append(args[-1].train)
     return method.readout(*args)
   monkeypatch.chdir(tmp_path)
-  asked = recipe(duration="8 epochs", optim=Optim(lr=5e-2), checkpoint_every="2 epochs")
-  run = fit(tiny_weights, method._replace(readout=readout), tiny_task, asked, quiet=True)
+  run = fit(tiny_weights, method._replace(readout=readout), colours(), LEARNS, quiet=True)
   timed = ("seconds", "config_hash")
   assert {k: v for k, v in run.result.items() if k not in timed} == {k: v for k, v in ran[1].result.items() if k not in timed}
   assert run.adapter is None and not files(tmp_path)
@@ -149,7 +145,7 @@ def test_test_is_opened_once_and_after_selection(tiny_weights, tiny_task, monkey
 @pytest.mark.parametrize("split, batch_size", [("test", 4), ("test", 14), ("val", 32)])
 def test_evaluation_counts_the_last_partial_batch(tiny_task, tiny_weights, split, batch_size, device_count):
   rng = np.random.default_rng(0)
-  project = rng.normal(size=(16 * 16 * 3, 4)).astype(np.float32) / 255
+  project = rng.normal(size=(16 * 16 * 3, 4)).astype(np.float32) / 5000
   logits_of = jax.jit(lambda images: images.reshape(len(images), -1).astype(jnp.float32) @ project)
   split = tiny_task.splits[split]
   loader = data.eval_loader(split, tiny_weights.preprocessing, batch_size=batch_size)
@@ -193,7 +189,8 @@ class Steps:
 
   def by_hand(self, batch, targets, weight):
     """The same in numpy: softmax minus target, weighted, times features."""
-    features, _ = self.backbone.apply(self.weights.params, to_inputs(jnp.asarray(batch["image"]), self.weights.preprocessing))
+    inputs = to_inputs(jnp.asarray(batch["image"]), self.weights.preprocessing)
+    features, _ = jax.jit(lambda p, x: self.backbone.apply(p, x))(self.weights.params, inputs)
     features, head = np.asarray(features, np.float64), self.first()["classifier"]
     logits = features @ head["kernel"]
     log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
@@ -246,7 +243,7 @@ def test_runs_on_one_and_four_devices_agree(tiny_weights, tiny_task):
   if jax.device_count() < 4:
     pytest.skip("needs 4 devices")
   asked = recipe(duration="2 epochs", batch_size=6, drop_last=False, optim=SGD)
-  one, four = (fit(tiny_weights, "dtl", tiny_task, dataclasses.replace(asked, devices=n), quiet=True) for n in (1, 4))
+  one, four = (fit(tiny_weights, "linear", tiny_task, dataclasses.replace(asked, devices=n), quiet=True) for n in (1, 4))
   assert one.result["steps"] == four.result["steps"] == 14 and four.result["devices"] == 4
   for a, b in zip(jax.tree.leaves(one.trainable), jax.tree.leaves(four.trainable)):
     np.testing.assert_allclose(a, b, atol=2e-6, rtol=0)
@@ -269,15 +266,15 @@ def test_the_number_of_the_first_step_that_is_not_finite_stays(tiny_weights):
 # Recipes
 
 @pytest.mark.parametrize("changes, method", [
-    (dict(dtype="bfloat16"), "lora"), (dict(remat=True, drop_path=0.2, label_smoothing=0.1), "dtl"),
-    (dict(micro_batch=2, class_weights="balanced"), "linear"), (dict(micro_batch=-1), "bitfit")])
+    (dict(dtype="bfloat16", remat=True, drop_path=0.2, label_smoothing=0.1), "dtl"),
+    (dict(micro_batch=2, class_weights="balanced"), "linear"), (dict(micro_batch=-1), "linear")])
 def test_other_ways_to_train(tiny_weights, tiny_task, changes, method):
   run = fit(tiny_weights, method, tiny_task, recipe(duration="2 steps", **changes), quiet=True)
   assert all(leaf.dtype == jnp.float32 and np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.trainable))
   assert run.result["dtype"] == changes.get("dtype", "float32")
 
 
-@pytest.mark.parametrize("name", [name for name in data.PRESETS if name != "none"])
+@pytest.mark.parametrize("name", ["domainbed", "timm"])  # hard labels and bytes, soft labels and floats
 def test_augmentation_presets(tiny_weights, tiny_task, name):
   fit(tiny_weights, "linear", tiny_task, recipe(duration="2 steps", augmentation=name, micro_batch=4), quiet=True)
 

@@ -16,6 +16,7 @@ from PIL import Image
 from transferlab import tree
 from transferlab.backbones import ARCHITECTURES, abstract_params, build, zoo
 from transferlab.backbones.spec import Preprocessing
+from transferlab.backbones.weights.export import timm_config
 from transferlab.backbones.weights import (WeightsError, export_timm, load_weights, origin, resample_positions,
                                            save_weights)
 
@@ -173,6 +174,7 @@ def test_configurations_that_cannot_be_used(tmp_path, config, words):
     ({"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}},
      Preprocessing(32, "bilinear", "center", 0.8)),
     ({"do_normalize": False}, Preprocessing(32, "bilinear", mean=(0, 0, 0), std=(1, 1, 1))),
+    ({"do_center_crop": True, "crop_size": 28}, "squashes to 32 and then cuts 28"),
     ({"image_mean": [0.4, 0.4]}, "preprocessing"), ({"resample": 9}, "resample 9"), ({"rescale_factor": 1}, "1/255")])
 def test_hugging_face_preprocessor_configurations(tmp_path, config, expected):
   path = folder(tmp_path, HF, config, "preprocessor_config.json")
@@ -202,7 +204,8 @@ def test_hugging_face_defaults_and_pooler(tmp_path, caplog):
 
 @pytest.mark.parametrize("config, words", [
     ({"global_pool": "map"}, "global_pool 'map'"), ({"architecture": "vit_base_patch16_rpn_224"}, "rpn"),
-    ({"model_args": {"act_layer": "silu"}}, "act_layer 'silu'"), ({"model_args": [1]}, "configuration"),
+    ({"model_args": {"act_layer": "silu"}}, "act_layer 'silu'"),
+    ({"model_args": {"pool_include_prefix": True}}, "pool_include_prefix=True"), ({"model_args": [1]}, "configuration"),
     ({"pretrained_cfg": {"mean": [0] * 3, "std": [1] * 3, "crop_mode": "border"}}, "crop_mode 'border'"),
     ({"pretrained_cfg": {"mean": [0] * 3, "std": [1] * 3, "interpolation": "random"}}, "interpolation 'random'")])
 def test_timm_configurations_that_cannot_be_used(tmp_path, config, words):
@@ -263,6 +266,16 @@ def test_export_writes_what_the_original_wrote(tmp_path):
   for field in ("num_classes", "num_features", "global_pool"):
     assert config[field] == original[field]
   assert original["pretrained_cfg"].items() <= config["pretrained_cfg"].items()
+
+
+def test_export_tells_timm_every_size():
+  odd = dataclasses.replace(TINY, width=50, mlp_width=116)  # int(width * (mlp_width / width)) falls short by one
+  for spec in (*ARCHITECTURES.values(), odd):
+    arguments = timm_config(spec, 7, None)["model_args"]
+    assert int(spec.width * arguments["mlp_ratio"]) == spec.mlp_width
+    assert (arguments["embed_dim"], arguments["depth"], arguments["num_heads"]) == (spec.width, spec.depth, spec.heads)
+  assert timm_config(ARCHITECTURES["vit_ti16"], 7, None)["architecture"] == "vit_tiny_patch16_224"
+  assert timm_config(ARCHITECTURES["vit_gigantic14"], 7, None)["architecture"] == "vit_gigantic_patch14_224"
 
 
 def test_export_of_the_original_release_leaves_its_tanh_head_out(tmp_path, caplog):

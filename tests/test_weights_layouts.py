@@ -156,7 +156,8 @@ LAYOUTS = {"native": names.native(), "timm": names.timm(), "timm fc_norm": names
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("spec", [
-    ARCHITECTURES["vit_tiny_test"], ViTSpec("gap", 8, 4, 12, 2, 3, 20, False, "mean", qkv_bias=False)], ids=["cls", "gap"])
+    ARCHITECTURES["vit_tiny_test"],
+    ViTSpec("gap", 8, 4, 12, 2, 3, 20, False, "mean", qkv_bias=False)], ids=["cls", "gap"])
 def test_tables_are_bidirectional(layout, spec):
   rng = np.random.default_rng(0)
   shapes = {name: leaf.shape for name, leaf in tree.flatten(abstract_params(spec)).items()}

@@ -83,7 +83,7 @@ def save_adapter(path, method: Method, trainable, state, *, weights: Weights, cl
       "backbone": {"name": weights.name, "source": weights.source, "hash": weights.hash, "spec": weights.spec.to_dict()},
       "preprocessing": weights.preprocessing.to_dict(), "versions": versions(), **(notes or {})}
   arrays = tree.flatten({"trainable": trainable, "state": state})
-  arrays = {name: np.ascontiguousarray(np.asarray(leaf)) for name, leaf in arrays.items()}
+  arrays = {name: np.asarray(leaf, order="C") for name, leaf in arrays.items()}
   with atomic(path) as temporary:
     Path(temporary).write_bytes(safetensors.numpy.save(arrays, {"transferlab": json.dumps(header)}))
 

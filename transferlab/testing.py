@@ -4,15 +4,16 @@
     check_method("lora", expected=Expected(options={"rank": 4}, identity=True, mergeable=True))
     check_method(my_method)                    # a function (spec, **options) -> Method of your own
 
-`PROPERTIES` maps names to functions of a `Case`, one method on one backbone with random weights, so that a test suite can
-run each as a test of its own. A property that does not hold raises `Broken`, an AssertionError of one line: what, found,
-expected. One that does not apply here raises `Skip`. Training uses SGD, because Adam hides errors of scale.
+`PROPERTIES` maps names to functions of a `Case`, one method on one backbone with random weights, so that a test suite
+can run each as a test of its own. A property that does not hold raises `Broken`, an AssertionError of one line: what,
+found, expected. One that does not apply here raises `Skip`. Training uses SGD, because Adam hides errors of scale.
 """
 import functools
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
@@ -25,7 +26,7 @@ from transferlab.backbones.spec import Preprocessing
 from transferlab.backbones.weights import Weights, weights_hash
 from transferlab.checkpoint import Checkpoints, load_adapter, save_adapter
 from transferlab.evaluate import make_predict
-from transferlab.method import Context, Method, chain, forward, sizes
+from transferlab.method import Context, Method, forward, sizes
 from transferlab.methods import classifier
 from transferlab.optim import Optim, make_optimiser
 from transferlab.step import compile_step, make_step, start, to_inputs
@@ -48,8 +49,8 @@ class Expected(NamedTuple):
   Fields:
     options: passed to the method.
     still: options that switch its randomness off; only where it has some (dropout) and no option can it be left out.
-    identity: True if training starts from the frozen model's features; a visitor if from those of the plain backbone with
-      that visitor (DTL pools in its own way); False without such a promise.
+    identity: True if training starts from the frozen model's features; a visitor if from those of the plain backbone
+      with that visitor (DTL pools in its own way); False without such a promise.
     size: spec -> number of trainable parameters without the classifier; None leaves it unchecked.
     mergeable: whether `merge` is offered; None takes either.
     cost: most FLOPs of a training step as a multiple of the plain backbone's forward pass; None leaves it unchecked.
@@ -70,7 +71,8 @@ class Case:
     initial, trainable: as initialised, and moved by noise so that every path counts.
   """
 
-  def __init__(self, method: str | Callable, backbone="vit_tiny_test", expected: Expected = Expected(), num_classes: int = 5):
+  def __init__(self, method: str | Callable, backbone="vit_tiny_test", expected: Expected = Expected(),
+               num_classes: int = 5):
     self.make = _lookup(method)
     self.spec = backbones.architecture(backbone) if isinstance(backbone, str) else backbone
     self.expected, self.num_classes = expected, num_classes
@@ -83,7 +85,8 @@ class Case:
     self.initial = jax.tree.map(jnp.array, initial)
     self.trainable = _moved(self.initial, 2)
     self.predict = make_predict(self.method, self.backbone, self.preprocessing)
-    self.optimiser = make_optimiser(Optim("sgd", 0.1, "constant", weight_decay=0.0, decay=()), lambda step: 0.1, self.initial)
+    sgd = Optim("sgd", weight_decay=0.0, decay=())
+    self.optimiser = make_optimiser(sgd, lambda step: 0.1, self.initial)
     S, rng = self.spec.image_size, np.random.default_rng(0)
     self.batch = {"image": rng.integers(0, 256, (ROWS, S, S, 3), np.uint8),
                   "label": rng.integers(0, num_classes, ROWS).astype(np.int32),
@@ -123,7 +126,8 @@ class Case:
     """Trains on the batch. Returns {"loss", "gradient"} of the first step and "trainable" after the last one."""
     step, frozen, batch, mesh = self.compiled(**how)
     run, metrics = step(self.run(mesh), frozen, batch)
-    gradient = jax.tree.map(np.array, optax.tree_utils.tree_get(run.opt_state, "trace"))  # momentum starts as the gradient
+    momentum = optax.tree_utils.tree_get(run.opt_state, "trace")
+    gradient = jax.tree.map(np.array, momentum)  # which it still is after the first step
     loss = np.array(metrics["loss"])
     for _ in range(steps - 1):
       run, _ = step(run, frozen, batch)
@@ -132,7 +136,9 @@ class Case:
   @functools.cached_property
   def still(self) -> Method:
     """The method without randomness, on the same trainable."""
-    return self.make(self.spec, **{**self.expected.options, **self.expected.still}) if self.expected.still else self.method
+    if not self.expected.still:
+      return self.method
+    return self.make(self.spec, **{**self.expected.options, **self.expected.still})
 
 
 def _lookup(method) -> Callable:
@@ -153,7 +159,8 @@ def _random_params(spec):
     if name.endswith("scale"):
       return jnp.asarray(1 + 0.1 * noise)
     return jnp.asarray(noise * (np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.1))
-  return tree.unflatten({name: draw(name, leaf) for name, leaf in tree.flatten(backbones.abstract_params(spec)).items()})
+  shapes = tree.flatten(backbones.abstract_params(spec))
+  return tree.unflatten({name: draw(name, leaf) for name, leaf in shapes.items()})
 
 
 def _moved(params, seed: int, by: float = 0.1):
@@ -165,14 +172,13 @@ def _moved(params, seed: int, by: float = 0.1):
 @functools.lru_cache(maxsize=32)
 def _plain(spec, visit=backbones.ignore):
   """The compiled (params, images on 0 … 255) -> features [B, D] of the plain backbone with a visitor."""
-  apply = backbones.build(spec).apply
-  features = jax.jit(lambda params, images: apply(params, to_inputs(images, Preprocessing(spec.image_size)), visit, None)[0])
-  S = spec.image_size
+  apply, S = backbones.build(spec).apply, spec.image_size
+  features = jax.jit(lambda params, images: apply(params, to_inputs(images, Preprocessing(S)), visit, None)[0])
   return features.lower(backbones.abstract_params(spec), jax.ShapeDtypeStruct((ROWS, S, S, 3), jnp.uint8)).compile()
 
 
 def _equal(what: str, found, wanted, tolerance: float = EXACT) -> None:
-  """Two trees agree to `tolerance` where values are around 1, and to 1e-4 of each leaf's largest value where they are small."""
+  """Two trees agree to `tolerance`, of the largest value if above 1, and to 1e-4 of a leaf's largest if less."""
   found, wanted = (tree.flatten(x if isinstance(x, dict) else {"": x}) for x in (found, wanted))
   if list(found) != list(wanted):
     raise Broken(f"{what}: different leaves, {tree.difference(found, wanted)}")
@@ -188,7 +194,7 @@ def _equal(what: str, found, wanted, tolerance: float = EXACT) -> None:
                    f"expected at most {allowed:.2e}")
 
 
-# --- Properties -----------------------------------------------------------------------------------------------------------
+# --- Properties -----------------------------------------------------------------------------------------------------
 
 def logits(case: Case) -> None:
   """Logits are [B, C], float32 whatever the backbone computes in, and finite."""
@@ -196,8 +202,8 @@ def logits(case: Case) -> None:
     run = make_predict(case.method, backbones.build(case.spec, dtype), case.preprocessing)
     found = jax.eval_shape(run, case.trainable, case.state, case.frozen, case.batch["image"])
     if (found.shape, found.dtype) != ((ROWS, case.num_classes), jnp.float32):
-      raise Broken(f"logits on a {np.dtype(dtype).name} backbone: found {found.dtype} {list(found.shape)}; expected float32 "
-                   f"{[ROWS, case.num_classes]}")
+      raise Broken(f"logits on a {np.dtype(dtype).name} backbone: found {found.dtype} {list(found.shape)}; expected "
+                   f"float32 {[ROWS, case.num_classes]}")
   for name, trainable in (("initial", case.initial), ("moved", case.trainable)):
     if not np.isfinite(case.logits(trainable)).all():
       raise Broken(f"logits at {name} parameters: found NaN or infinity; expected finite numbers")
@@ -246,8 +252,8 @@ def frozen(case: Case) -> None:
     run, _ = step(run, params, batch)
   for name, leaf in tree.flatten(params).items():
     if leaf.is_deleted() or not np.array_equal(leaf, before[name]):
-      raise Broken(f"frozen parameter {name}: found it {'donated' if leaf.is_deleted() else 'changed'} after two steps; "
-                   "expected it bit-equal")
+      what = "donated" if leaf.is_deleted() else "changed"
+      raise Broken(f"frozen parameter {name}: found it {what} after two steps; expected it bit-equal")
   start_ = tree.flatten(case.trainable)
   for name, leaf in tree.flatten(run.trainable).items():
     if np.array_equal(leaf, start_[name]):
@@ -271,8 +277,8 @@ def writes_from(case: Case) -> None:
   changed = {name.partition("/")[0] for name in a if not np.array_equal(a[name], b[name])}
   found = next((i for i in range(case.spec.depth) if f"block_{i:02d}" in changed), case.spec.depth)
   if found != case.method.writes_from:
-    raise Broken(f"writes_from: found block {found} of {case.spec.depth} to be the first that depends on what trains; expected "
-                 f"{case.method.writes_from}, as the method says")
+    raise Broken(f"writes_from: found block {found} of {case.spec.depth} to be the first that depends on what trains; "
+                 f"expected {case.method.writes_from}, as the method says")
 
 
 def isolation(case: Case) -> None:
@@ -281,12 +287,15 @@ def isolation(case: Case) -> None:
     raise Skip("writes into the backbone")
   def loss(params, images, batch):
     context = Context(batch, case.state, params, {}, jax.random.key(0), True)
-    return case.method.loss(case.trainable, forward(case.method, case.backbone, case.trainable, images, context), context)
+    outputs = forward(case.method, case.backbone, case.trainable, images, context)
+    return case.method.loss(case.trainable, outputs, context)
   batch = {**case.batch, "target": losses.targets(case.batch, case.num_classes)}
-  found = jax.jit(jax.grad(loss))(case.frozen, to_inputs(jnp.asarray(case.batch["image"]), case.preprocessing), batch)
+  images = to_inputs(jnp.asarray(case.batch["image"]), case.preprocessing)
+  found = jax.jit(jax.grad(loss))(case.frozen, images, batch)
   reached = [name for name, leaf in tree.flatten(found).items() if np.any(leaf)]
   if reached:
-    raise Broken(f"isolation: found a gradient at frozen {', '.join(reached[:3])}; expected none, stop_gradient what is read")
+    raise Broken(f"isolation: found a gradient at frozen {', '.join(reached[:3])}; expected none, what is read needs "
+                 "stop_gradient")
 
 
 def save_load(case: Case) -> None:
@@ -323,8 +332,8 @@ def merged(case: Case) -> None:
     raise Skip("offers no merge")
   params = case.method.merge(case.trainable, case.params)
   features = _plain(case.spec)(params, case.batch["image"])
-  _equal("logits of merged weights, against the adapted model", classifier.apply(case.trainable["classifier"], features),
-         case.logits(case.trainable), 1e-5)
+  _equal("logits of merged weights, against the adapted model",
+         classifier.apply(case.trainable["classifier"], features), case.logits(case.trainable), 1e-5)
 
 
 def devices_agree(case: Case) -> None:
@@ -380,8 +389,8 @@ def traced_once(case: Case) -> None:
     jitted.trace(run, params, batch)  # what a call of the jitted step would do first; its cache is by types
     run, _ = step(run, params, batch)
   if case.traces - before != 1:
-    raise Broken(f"traces of three steps: found {case.traces - before}; expected 1, so the run's shapes and types (weak types "
-                 "too) have to leave a step as they entered it")
+    raise Broken(f"traces of three steps: found {case.traces - before}; expected 1, so the run's shapes and types have "
+                 "to leave a step as they entered it, weak types too")
 
 
 def cost_class(case: Case) -> None:
@@ -399,20 +408,20 @@ def lowers(case: Case) -> None:
   shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
   half = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
   step = jax.jit(case.step(case.method, backbones.build(case.spec, jnp.bfloat16)))
-  run = jax.tree.map(shape, start(case.trainable, case.state, case.optimiser))
+  run, batch = jax.tree.map(shape, (start(case.trainable, case.state, case.optimiser), case.batch))
   for platform in ("tpu", "cuda"):
     try:
-      jax.export.export(step, platforms=[platform])(run, jax.tree.map(half, case.frozen), jax.tree.map(shape, case.batch))
+      jax.export.export(step, platforms=[platform])(run, jax.tree.map(half, case.frozen), batch)
     except Exception as error:
-      raise Broken(f"lowering for {platform}: found {type(error).__name__} ({' '.join(str(error).split())[:200]}); expected a "
-                   "program") from error
+      cause = f"{type(error).__name__} ({' '.join(str(error).split())[:200]})"
+      raise Broken(f"lowering for {platform}: found {cause}; expected a program") from error
 
 
 PROPERTIES: dict[str, Callable[[Case], None]] = {
-    "logits": logits, "identity": identity, "size": size, "gradient": gradient, "frozen": frozen, "writes_from": writes_from,
-    "isolation": isolation, "save_load": save_load, "merged": merged, "devices": devices_agree,
-    "micro_batches": micro_batches, "remat": remat, "resume": resume, "traced_once": traced_once, "cost": cost_class,
-    "lowers": lowers}
+    "logits": logits, "identity": identity, "size": size, "gradient": gradient, "frozen": frozen,
+    "writes_from": writes_from, "isolation": isolation, "save_load": save_load, "merged": merged,
+    "devices": devices_agree, "micro_batches": micro_batches, "remat": remat, "resume": resume,
+    "traced_once": traced_once, "cost": cost_class, "lowers": lowers}
 
 
 def _weights(case: Case) -> Weights:
@@ -420,8 +429,8 @@ def _weights(case: Case) -> Weights:
   return Weights(case.spec, params, None, case.preprocessing, case.spec.name, "random", weights_hash(params, case.spec))
 
 
-def check_method(method: str | Callable, backbone="vit_tiny_test", expected: Expected = Expected(), *, num_classes: int = 5,
-                 properties=None) -> dict[str, str]:
+def check_method(method: str | Callable, backbone="vit_tiny_test", expected: Expected = Expected(), *,
+                 num_classes: int = 5, properties=None) -> dict[str, str]:
   """Runs the conformance table on a method.
 
   Args:

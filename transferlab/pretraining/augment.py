@@ -1,4 +1,4 @@
-"""Two views of every image, made on the device: a random crop as two small matrix products, then a colour map.
+"""A random view of every image, made on the device: a crop as two small matrix products, then a colour map.
 
 No flips: mirror twins are different figures here, as they are among letters and digits.
 """
@@ -60,7 +60,7 @@ def recolour(key, images, strength: float):
   return jnp.clip(mean + contrast * (images - mean), 0, 1)
 
 
-def views(key, images, size: int, smallest: float = 0.35, strength: float = 0.4, noise: float = 0.03):
+def views(key, images, size: int, smallest: float = 0.4, strength: float = 0.4, noise: float = 0.03):
   """One random view of each image. uint8 [B, S, S, 3] -> float32 [B, size, size, 3] in [-1, 1]."""
   crop_key, colour_key, noise_key = jax.random.split(key, 3)
   images = crops(crop_key, images.astype(jnp.float32) / 255, size, smallest)

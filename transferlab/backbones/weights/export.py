@@ -5,6 +5,7 @@ file with the same configuration in its header. Either way the file is whole or 
 """
 import json
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,11 @@ from transferlab.backbones.weights.files import WeightsError, write_json, write_
 from transferlab.tree import difference, flatten
 
 log = logging.getLogger(__name__)
-_TIMM_SIZES = {"ti": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge", "g": "giant", "gigantic": "gigantic"}
+_TIMM_NAMES = {  # timm needs a name it has registered; model_args then overrides each of its sizes
+    "vit_ti16": "vit_tiny_patch16_224", "vit_s16": "vit_small_patch16_224", "vit_s32": "vit_small_patch32_224",
+    "vit_b16": "vit_base_patch16_224", "vit_b32": "vit_base_patch32_224", "vit_b8": "vit_base_patch8_224",
+    "vit_l16": "vit_large_patch16_224", "vit_l32": "vit_large_patch32_224", "vit_h14": "vit_huge_patch14_224",
+    "vit_g14": "vit_giant_patch14_224", "vit_gigantic14": "vit_gigantic_patch14_224"}
 _TIMM_ACTIVATIONS = {"erf": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
 
 
@@ -59,22 +64,26 @@ def export_timm(weights, path, spec: ViTSpec | None = None, head: dict | None = 
 
 def timm_config(spec: ViTSpec, num_classes: int, preprocessing: Preprocessing | None) -> dict:
   """The config.json of a timm hub folder; "transferlab" holds what timm has no field for."""
-  size = spec.name.removeprefix("vit_").rstrip("0123456789")
-  known = spec.name.startswith("vit_") and size in _TIMM_SIZES
+  pooling = "token" if spec.pool == "cls" else "avg"
   config = {
-      # timm needs a name it has registered; model_args then overrides each of its sizes
-      "architecture": f"vit_{_TIMM_SIZES[size]}_patch{spec.patch_size}_224" if known else "vit_base_patch16_224",
-      "num_classes": num_classes, "num_features": spec.width, "global_pool": "token" if spec.pool == "cls" else "avg",
+      "architecture": _TIMM_NAMES.get(spec.name, "vit_base_patch16_224"),
+      "num_classes": num_classes, "num_features": spec.width, "global_pool": pooling,
       "model_args": {
           "img_size": spec.image_size, "patch_size": spec.patch_size, "embed_dim": spec.width, "depth": spec.depth,
-          "num_heads": spec.heads, "mlp_ratio": spec.mlp_width / spec.width, "qkv_bias": spec.qkv_bias,
-          "class_token": spec.class_token, "global_pool": "token" if spec.pool == "cls" else "avg",
+          "num_heads": spec.heads, "mlp_ratio": _mlp_ratio(spec), "qkv_bias": spec.qkv_bias,
+          "class_token": spec.class_token, "global_pool": pooling,
           "fc_norm": spec.pool == "mean_before_norm", "act_layer": _TIMM_ACTIVATIONS[spec.gelu]},
-      "transferlab": {"name": spec.name, "norm_eps": spec.norm_eps}}
+      "transferlab": {"name": spec.name, "norm_eps": spec.norm_eps},
+      "pretrained_cfg": {"num_classes": num_classes, "first_conv": "patch_embed.proj", "classifier": "head"}}
   if preprocessing:
-    config["pretrained_cfg"] = {**preprocess.to_timm(preprocessing), "num_classes": num_classes,
-                                "first_conv": "patch_embed.proj", "classifier": "head"}
+    config["pretrained_cfg"] |= preprocess.to_timm(preprocessing)
   return config
+
+
+def _mlp_ratio(spec: ViTSpec) -> float:
+  """The ratio from which timm's int(width * ratio) gives the MLP width again."""
+  ratio = spec.mlp_width / spec.width
+  return ratio if int(spec.width * ratio) == spec.mlp_width else math.nextafter(ratio, math.inf)
 
 
 def save_weights(weights, path, spec: ViTSpec | None = None, head: dict | None = None,

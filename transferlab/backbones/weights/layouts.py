@@ -21,6 +21,7 @@ _GOOGLE_PREFIXES = ("", "params/", "opt/target/", "target/")
 _HF_GELUS = {"gelu": "erf", "gelu_python": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh",
              "quick_gelu": "quick"}
 _TIMM_GELUS = {None: "erf", "gelu": "erf", "gelu_tanh": "tanh", "quick_gelu": "quick"}
+_TIMM_HIDDEN = ("pool_include_prefix", "norm_layer", "block_fn", "attn_layer", "mlp_layer")
 UNSUPPORTED = {  # parts of names that belong to relatives of the plain ViT -> what they are
     "MAPHead": "a pooling by attention (MAP head)", "attn_pool": "a pooling by attention",
     ".ls1.": "layer scale", "gamma_1": "layer scale", "layer_scale": "layer scale", "w12": "a SwiGLU MLP",
@@ -128,6 +129,8 @@ def _timm(arrays, config: dict) -> Layout:
   arguments = config.get("model_args") or {}
   if "_rpn_" in str(config.get("architecture")):
     raise WeightsError(f"{config['architecture']} normalises after each branch (rpn); only pre-norm ViTs are supported")
+  if odd := [f"{name}={arguments[name]!r}" for name in _TIMM_HIDDEN if arguments.get(name)]:
+    raise WeightsError(f"timm's {', '.join(odd)} changes the network and shows in no name; not supported")
   pooling = arguments.get("global_pool", config.get("global_pool")) or "token"
   if pooling not in ("token", "avg"):
     raise WeightsError(f"timm's global_pool {pooling!r} is not supported; expected 'token' or 'avg'")

@@ -47,11 +47,13 @@ def from_huggingface(config: dict, image_size: int) -> Preprocessing:
     raise WeightsError(f"preprocessor_config.json has resample {code!r}; expected one of PIL's codes, 0 to 5")
   mean, std = ((0, 0, 0), (1, 1, 1)) if not config.get("do_normalize", True) else (
       config.get("image_mean", (0.5,) * 3), config.get("image_std", (0.5,) * 3))
+  side = lambda value: value.get("shortest_edge", value.get("height")) if isinstance(value, dict) else value
   size, crop, fraction = config.get("size"), "squash", 1.0
+  cut = side(config.get("crop_size", size))
   if isinstance(size, dict) and "shortest_edge" in size:
-    crop_size = config.get("crop_size", size["shortest_edge"])
-    crop_size = crop_size.get("height") if isinstance(crop_size, dict) else crop_size
-    crop, fraction = "center", crop_size / size["shortest_edge"]
+    crop, fraction = "center", cut / side(size)
+  elif config.get("do_center_crop") and cut != side(size):
+    raise WeightsError(f"preprocessor_config.json squashes to {side(size)} and then cuts {cut}; pass preprocessing=")
   return Preprocessing(image_size, _PIL_FILTERS[code], crop, fraction, tuple(map(float, mean)), tuple(map(float, std)))
 
 
