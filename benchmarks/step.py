@@ -45,7 +45,7 @@ BATCH = ARGS.batch or {"cpu": 32, "gpu": 128}[ARGS.device]
 DTYPE = {"cpu": jnp.float32, "gpu": jnp.bfloat16}[ARGS.device]
 
 
-# --- What has to be computed ---------------------------------------------------------------------------------------------
+# --- What has to be computed --------------------------------------------------------------------------------
 
 def dense_flops(spec) -> float:
   """The four linear maps of a block: q, k, v (D x 3D), proj (D x D), fc1 and fc2 (D x 4D), on B*T rows."""
@@ -62,9 +62,9 @@ def needed_flops(spec, method=None) -> float:
   """FLOPs of matrix products that a forward pass (method None) or a training step cannot do without.
 
   Forward: patches, and the dense maps and attention of every block. Backward: a block whose input depends on something
-  trainable hands a gradient to its input, which costs each dense map once more and attention twice, as both factors of
-  its products depend on the input. Where the weights train too, their gradients cost the dense maps a third time, and the
-  patches theirs once more. Below 1 % and left out: classifier, low-rank pairs, element-wise work, the optimiser.
+  trainable hands a gradient to its input, which costs each dense map once more and attention twice, as both factors
+  of its products depend on the input. Where the weights train too, their gradients cost the dense maps a third time,
+  and the patches theirs once more. Below 1 % and left out: classifier, low-rank pairs, element-wise work, optimiser.
   """
   patches = 2 * BATCH * spec.grid[0] * spec.grid[1] * 3 * spec.patch_size ** 2 * spec.width
   dense, attention = dense_flops(spec), attention_flops(spec)
@@ -76,7 +76,7 @@ def needed_flops(spec, method=None) -> float:
   return flops
 
 
-# --- Timing --------------------------------------------------------------------------------------------------------------
+# --- Timing -------------------------------------------------------------------------------------------------
 
 class Clock:
   """Wall and CPU seconds of repeated calls."""
@@ -140,7 +140,7 @@ def race(clocks, rate_clock) -> None:
       clock.tick()
 
 
-# --- Tables --------------------------------------------------------------------------------------------------------------
+# --- Tables -------------------------------------------------------------------------------------------------
 
 def heading(spec) -> None:
   print(f"{spec.name}, {spec.image_size} px, batch {BATCH}, {jnp.dtype(DTYPE).name}, {ARGS.classes} classes"
@@ -166,7 +166,7 @@ def steps(spec) -> None:
 
 def parts(spec) -> None:
   """The parts of one block on their own: forward, and forward with all gradients. They add up to more than the block,
-  into which XLA fuses the element-wise ones."""
+  as XLA fuses the element-wise ones into their neighbours there."""
   T, D, N = spec.tokens, spec.width, BATCH * spec.tokens
   x = normal(4, BATCH, T, D)
 
@@ -187,7 +187,8 @@ def parts(spec) -> None:
       "layer norm": (*module(vit.LayerNorm(spec.norm_eps, DTYPE), x), 0),
       "dense fc1": (*module(vit.Dense(spec.mlp_width, dtype=DTYPE), x), dense(D, spec.mlp_width)),
       "gelu": (lambda f: vit.gelu(f, spec.gelu), (normal(9, BATCH, T, spec.mlp_width),), 0),
-      "dense fc2": (*module(vit.Dense(D, dtype=DTYPE), normal(10, BATCH, T, spec.mlp_width)), dense(spec.mlp_width, D)),
+      "dense fc2": (*module(vit.Dense(D, dtype=DTYPE), normal(10, BATCH, T, spec.mlp_width)),
+                    dense(spec.mlp_width, D)),
       "block": (block, (params, x), dense_flops(spec) + attention_flops(spec))}
 
   def with_gradient(run):
@@ -197,16 +198,17 @@ def parts(spec) -> None:
     return both
 
   rate_clock, flops = matmul(spec)
-  clocks = {name: (Clock(lambda f=jax.jit(run), a=inputs: f(*a)), Clock(lambda f=jax.jit(with_gradient(run)), a=inputs: f(*a)))
-            for name, (run, inputs, _) in table.items()}
+  clock = lambda run, inputs: Clock(lambda f=jax.jit(run): f(*inputs))
+  clocks = {name: (clock(run, inputs), clock(with_gradient(run), inputs)) for name, (run, inputs, _) in table.items()}
   race([clock for pair in clocks.values() for clock in pair], rate_clock)
   rate = flops / rate_clock.seconds()
   print(f"matmul rate: {rate[0] / 1e9:.0f} GFLOP/s at best, {rate[1] / 1e9:.0f} in the median\n")
-  print("milliseconds at best; 'products' is what its matrix products take at the matmul rate; times a block: norm 2\n")
+  print("milliseconds; 'products' is what its matrix products take at the matmul rate; a block has two norms\n")
   print(f"{'':12}{'forward':>9}{'products':>10}{'CPU':>9}{'with gradient':>16}{'products':>10}{'CPU':>9}")
   for name, (_, _, needed) in table.items():
     (f, _, f_cpu), (g, _, g_cpu) = (1e3 * clock.seconds() for clock in clocks[name])
-    print(f"{name:12}{f:9.1f}{1e3 * needed / rate[0]:10.1f}{f_cpu:9.1f}{g:16.1f}{3e3 * needed / rate[0]:10.1f}{g_cpu:9.1f}")
+    products = 1e3 * needed / rate[0]
+    print(f"{name:12}{f:9.1f}{products:10.1f}{f_cpu:9.1f}{g:16.1f}{3 * products:10.1f}{g_cpu:9.1f}")
 
 
 if __name__ == "__main__":

@@ -44,3 +44,8 @@ def write_images(root, classes=("ant", "bee", "cat"), count=8, seed=0, suffix=".
 def files(folder) -> set[str]:
   """Everything below a folder; empty if there is no folder."""
   return {path.relative_to(folder).as_posix() for path in folder.rglob("*")} if folder.exists() else set()
+
+
+def contents(folder) -> dict[str, bytes]:
+  """Every file below a folder with its bytes."""
+  return {name: (folder / name).read_bytes() for name in files(folder) if (folder / name).is_file()}

@@ -1,4 +1,4 @@
-"""Adapter files: they say what they are, load only where they belong, and become plain weights where that is possible."""
+"""Adapter files: they say what they are, load only where they belong, and become plain weights where possible."""
 import dataclasses
 import json
 import struct
@@ -67,13 +67,15 @@ def test_the_header_says_what_it_is(saved, weights):
     header = json.loads(file.metadata()["transferlab"])
   assert header["format"] == checkpoint.FORMAT and header["method"] == "dtl" and header["task"] == "t"
   assert header["options"] == {"rank": 2, "first_write": 3, "beta": 100.0, "readout": "mean"} == method.options
-  assert header["backbone"] == {"name": weights.name, "source": "random", "hash": weights.hash, "spec": weights.spec.to_dict()}
+  spec = weights.spec.to_dict()
+  assert header["backbone"] == {"name": weights.name, "source": "random", "hash": weights.hash, "spec": spec}
   assert Preprocessing.from_dict(header["preprocessing"]) == weights.preprocessing
   assert tuple(header["class_names"]) == NAMES and "jax" in header["versions"]
 
 
 @pytest.mark.parametrize("name, options", [(name, options) for name, options in OPTIONS.items()] + [
-    ("dtl", {"first_write": None, "beta": 10}), ("lora", {"compat": None}), ("lora", {"form": "fused", "compat": "noah"}),
+    ("dtl", {"first_write": None, "beta": 10}), ("lora", {"compat": None}),
+    ("lora", {"form": "fused", "compat": "noah"}),
     ("linear", {"site": "block_01/out", "tokens": "mean"})])
 def test_what_is_saved_is_what_is_loaded(saved, weights, name, options):
   path, method, trainable = saved(name, options)
@@ -105,7 +107,8 @@ def test_options_may_be_tuples(weights, tmp_path, monkeypatch):
   method = methods.build("several", weights.spec, blocks=[1, 2], pairs=[["a", 1]])
   trainable, state = trained(method, weights, 2)
   save_adapter(tmp_path / "a.safetensors", method, trainable, state, weights=weights, class_names=["x", "y"])
-  assert load_adapter(tmp_path / "a.safetensors").method.options == {"blocks": (1, 2), "pairs": (("a", 1),), "limit": None}
+  found = load_adapter(tmp_path / "a.safetensors").method.options
+  assert found == {"blocks": (1, 2), "pairs": (("a", 1),), "limit": None}
 
 
 def test_an_adapter_is_written_whole_or_not_at_all(saved, weights, tmp_path, monkeypatch):
@@ -148,7 +151,7 @@ def test_flipped_bits_in_the_header_never_pass_for_another_adapter(saved):
   path, _, _ = saved("linear")
   content = bytearray(path.read_bytes())
   size = struct.unpack("<Q", content[:8])[0]
-  for position in np.random.default_rng(0).integers(0, 8 + size, 60).tolist():
+  for position in np.random.default_rng(0).integers(0, 8 + size, 25).tolist():
     flipped = content.copy()
     flipped[position] ^= 1 << (position % 8)
     path.write_bytes(flipped)
@@ -185,10 +188,12 @@ def put(value, *path):
     (put("two", "options", "rank"), "option 'rank' .* is 'two'; expected int"),
     (put(1, "options", "rankk"), "no option 'rankk'; nearest: rank"),
     (put("resnet", "backbone", "spec", "family"), "unknown family"), (drop("spec", "backbone"), "unknown family"),
-    (put("16", "backbone", "spec", "width"), "spec.width is '16'"), (put(0, "backbone", "spec", "heads"), "cannot be built"),
-    (put(0, "backbone", "spec", "patch_size"), "cannot be built"), (drop("depth", "backbone", "spec"), "cannot be built"),
-    (put(1, "backbone", "spec", "colour"), "no key 'colour'"), (put(32, "backbone", "spec", "width"), "mis-shaped"),
-    (drop("hash", "backbone"), "no valid backbone hash"), (put("cubic", "preprocessing", "interpolation"), "'cubic' is unknown"),
+    (put("16", "backbone", "spec", "width"), "spec.width is '16'"),
+    (put(0, "backbone", "spec", "heads"), "cannot be built"),
+    (put(0, "backbone", "spec", "patch_size"), "cannot be built"),
+    (drop("depth", "backbone", "spec"), "cannot be built"), (put(1, "backbone", "spec", "colour"), "no key 'colour'"),
+    (put(32, "backbone", "spec", "width"), "mis-shaped"), (drop("hash", "backbone"), "no valid backbone hash"),
+    (put("cubic", "preprocessing", "interpolation"), "'cubic' is unknown"),
     (put("abc", "preprocessing", "mean"), "cannot be built"), (put(1, "preprocessing", "blur"), "cannot be built"),
     (drop("image_size", "preprocessing"), "cannot be built"), (put([], "class_names"), "no valid class_names"),
     (put(["a", 1], "class_names"), "no valid class_names"), (put(["a", "a"], "class_names"), "no valid class_names"),
@@ -208,7 +213,7 @@ def without(name):
     (lambda a: {**a, "trainable": np.zeros(3, np.float32)}, "unexpected: trainable;"),
     (lambda a: {**a, "trainable/classifier/bias": np.zeros(3, np.float32)}, r"bias \[3\] instead of \[8\]"),
     (lambda a: {**a, "trainable/classifier/bias": np.zeros(8, np.int32)}, "bias is int32 instead of float32"),
-    (lambda a: {**a, "trainable/classifier/bias": np.full(8, np.nan, np.float32)}, "bias has numbers that are not finite"),
+    (lambda a: {**a, "trainable/classifier/bias": np.full(8, np.nan, np.float32)}, "bias has numbers .* not finite"),
     (lambda a: {"x": np.zeros(1)}, "missing: .*unexpected: x")])
 def test_arrays_that_do_not_fit(saved, change, match):
   refused(rewrite(saved()[0], arrays=change), match)
@@ -219,7 +224,8 @@ def test_reading_executes_nothing(saved, tmp_path):
   trap = tmp_path / "trap"
   code = f"__import__('pathlib').Path({str(trap)!r}).touch()"
   for change in (put(code, "method"), put(code, "options", "form"), put({"__class__": code}, "options", "rank"),
-                 put(code, "backbone", "spec", "family"), put(code, "preprocessing", "mean"), put([code] * 8, "class_names")):
+                 put(code, "backbone", "spec", "family"), put(code, "preprocessing", "mean"),
+                 put([code] * 8, "class_names")):
     with pytest.raises(ValueError):
       load_adapter(rewrite(saved()[0], change))
   assert not trap.exists()
@@ -232,7 +238,8 @@ def test_other_weights_and_another_backbone(saved, weights, random_weights):
   check_backbone(adapter, weights)
   check_backbone(adapter, weights._replace(name="copy", spec=dataclasses.replace(weights.spec, name="copy")))
   other = random_weights(weights.spec, seed=1)
-  with pytest.raises(ValueError, match=f"hash {weights.hash[:12]} and these weights .* have {other.hash[:12]}.*--backbone"):
+  says = f"hash {weights.hash[:12]} and these weights .* have {other.hash[:12]}.*--backbone"
+  with pytest.raises(ValueError, match=says):
     check_backbone(adapter, other)
   deeper = random_weights(dataclasses.replace(weights.spec, depth=4))
   with pytest.raises(ValueError, match="they differ in depth 3 and 4; give the weights it was trained on"):
@@ -274,7 +281,8 @@ def test_probabilities_of_images_of_any_number_and_size(saved, weights):
 
 @pytest.mark.parametrize("name", ["linear", "lora", "bitfit", "full"])
 def test_merged_weights_are_the_adapted_model(saved, weights, tmp_path, name):
-  adapted = serve.load(saved(name)[0], weights)
+  loaded = weights._replace(preprocessing=Preprocessing(16))  # the adapter's own counts, and goes with the merged file
+  adapted = serve.load(saved(name)[0], loaded)
   difference = serve.merge(adapted, tmp_path / "merged.safetensors")
   again = load_weights(tmp_path / "merged.safetensors")
   assert again.preprocessing == weights.preprocessing

@@ -69,7 +69,7 @@ def test_shape_families_draw_something(label):
 
 def test_views_keep_shape_and_range():
   images = generate.images(0, 0, 4, workers=1)[0]
-  out = augment.views(jax.random.key(0), images, 64, noise=0)
+  out = jax.jit(lambda key, x: augment.views(key, x, 64, noise=0))(jax.random.key(0), images)
   assert out.shape == (4, 64, 64, 3) and float(out.min()) >= -1.001 and float(out.max()) <= 1.001
 
 
@@ -83,7 +83,7 @@ def test_descriptors_tell_orientation():
   wave = jnp.sin(jnp.arange(64) * 0.7)
   upright = jnp.broadcast_to(wave[None, None, :, None], (1, 64, 64, 3))
   lying = upright.transpose(0, 2, 1, 3)
-  view, patches = descriptors.describe(jnp.concatenate([upright, lying]), 4)
+  view, patches = jax.jit(lambda x: descriptors.describe(x, 4))(jnp.concatenate([upright, lying]))
   assert view.shape == (2, descriptors.SIZE) and patches.shape == (2, 16, descriptors.PATCH_SIZE)
   assert list(patches.mean(1)[:, -descriptors.ORIENTATIONS:].argmax(-1)) == [0, descriptors.ORIENTATIONS // 2]
 

@@ -2,6 +2,7 @@
 import dataclasses
 import io
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +61,8 @@ def test_what_a_run_leaves(ran, tiny_weights):
   assert result["steps"] == 40 and result["selected_step"] in range(5, 41, 5)
   assert result["trainable"] == result["trainable_without_classifier"] + 17 * 4
   assert result["versions"].keys() >= {"transferlab", "jax", "flax", "optax", "numpy"}
-  for field in ("seconds", "train_peak_bytes", "train_flops", "device", "devices", "dtype", "config_hash", "class_names"):
-    assert result[field], field
+  also = ("seconds", "train_peak_bytes", "train_flops", "device", "devices", "dtype", "config_hash", "class_names")
+  assert all(result[field] for field in also)
 
 
 def test_the_adapter_is_the_fit(ran):
@@ -87,8 +88,7 @@ def test_a_method_object_in_memory(ran, tiny_weights, tmp_path, monkeypatch):
     return method.readout(*args)
   monkeypatch.chdir(tmp_path)
   run = fit(tiny_weights, method._replace(readout=readout), colours(), LEARNS, quiet=True)
-  timed = ("seconds", "config_hash")
-  assert {k: v for k, v in run.result.items() if k not in timed} == {k: v for k, v in ran[1].result.items() if k not in timed}
+  assert {**run.result, "seconds": 0} == {**ran[1].result, "seconds": 0}
   assert run.adapter is None and not files(tmp_path)
   assert sorted(traces) == [False, True]
 
@@ -98,7 +98,8 @@ def test_a_method_object_in_memory(ran, tiny_weights, tmp_path, monkeypatch):
 def scripted(monkeypatch, *values):
   """Validation gives these (accuracy, loss) in turn."""
   given = iter(values)
-  monkeypatch.setattr(train, "scores", lambda found: dict(zip(("accuracy", "loss"), next(given)), mean_per_class=0.0, examples=1))
+  found = lambda _: dict(zip(("accuracy", "loss"), next(given)), mean_per_class=0.0, examples=1)
+  monkeypatch.setattr(train, "scores", found)
 
 
 def test_best_is_the_step_it_says(tiny_weights, tiny_task, monkeypatch):
@@ -109,7 +110,8 @@ def test_best_is_the_step_it_says(tiny_weights, tiny_task, monkeypatch):
   best = fit(tiny_weights, "linear", tiny_task, asked, quiet=True)
   assert best.result["selected_step"] == 3 and best.result["val"]["loss"] == 0.4
   scripted(monkeypatch, *[(0.5, 0.5)] * 9)
-  last = fit(tiny_weights, "linear", tiny_task, dataclasses.replace(asked, duration="3 steps", select="last"), quiet=True)
+  asked = dataclasses.replace(asked, duration="3 steps", select="last")
+  last = fit(tiny_weights, "linear", tiny_task, asked, quiet=True)
   assert last.result["selected_step"] == 3 and last.result["protocol"] == "last on val, test once"
   for a, b in zip(jax.tree.leaves(best.trainable), jax.tree.leaves(last.trainable)):
     assert np.array_equal(a, b)
@@ -181,7 +183,9 @@ class Steps:
   def gradient(self, batch):
     batch = devices.put_batch(batch, self.mesh)
     run = self.begin()
-    compiled = compile_step(self.step, run, self.frozen, batch)
+    with warnings.catch_warnings():
+      warnings.simplefilter("error")  # jax warns of donated arrays that no result can take: the backbone's would be
+      compiled = compile_step(self.step, run, self.frozen, batch)
     with jax.transfer_guard("disallow"):  # the host neither sends nor fetches anything in a step
       after, values = compiled(run, self.frozen, batch)
     change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), self.first(), after.trainable)["classifier"]
@@ -193,7 +197,7 @@ class Steps:
     features, _ = jax.jit(lambda p, x: self.backbone.apply(p, x))(self.weights.params, inputs)
     features, head = np.asarray(features, np.float64), self.first()["classifier"]
     logits = features @ head["kernel"]
-    log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     share = weight / weight.sum()
     slope = share[:, None] * (np.exp(log_p) - targets)
     return -(share[:, None] * targets * log_p).sum(), {"kernel": features.T @ slope, "bias": slope.sum(0)}
@@ -243,7 +247,8 @@ def test_runs_on_one_and_four_devices_agree(tiny_weights, tiny_task):
   if jax.device_count() < 4:
     pytest.skip("needs 4 devices")
   asked = recipe(duration="2 epochs", batch_size=6, drop_last=False, optim=SGD)
-  one, four = (fit(tiny_weights, "linear", tiny_task, dataclasses.replace(asked, devices=n), quiet=True) for n in (1, 4))
+  on = lambda count: fit(tiny_weights, "linear", tiny_task, dataclasses.replace(asked, devices=count), quiet=True)
+  one, four = on(1), on(4)
   assert one.result["steps"] == four.result["steps"] == 14 and four.result["devices"] == 4
   for a, b in zip(jax.tree.leaves(one.trainable), jax.tree.leaves(four.trainable)):
     np.testing.assert_allclose(a, b, atol=2e-6, rtol=0)
@@ -281,10 +286,11 @@ def test_augmentation_presets(tiny_weights, tiny_task, name):
 
 @pytest.mark.parametrize("changes, says", [
     (dict(batch_size=0), "batch_size is 0"), (dict(micro_batch=-2), "micro_batch is -2"), (dict(seed=-1), "seed is -1"),
-    (dict(drop_path=1.0), "drop_path is 1.0"), (dict(label_smoothing=-0.1), "label_smoothing"), (dict(dtype="half"), "dtype"),
-    (dict(select="test"), "expected one of best, last"), (dict(duration="20"), "expected a number and a unit"),
-    (dict(duration="-1 epochs"), "unit"), (dict(duration="0 epochs"), "expected more than 0"),
-    (dict(duration="5 percent"), "percents are of the whole run"), (dict(log_every="2 parsecs"), "log_every is '2 parsecs'"),
+    (dict(drop_path=1.0), "drop_path is 1.0"), (dict(label_smoothing=-0.1), "label_smoothing"),
+    (dict(dtype="half"), "dtype"), (dict(select="test"), "expected one of best, last"),
+    (dict(duration="20"), "expected a number and a unit"), (dict(duration="-1 epochs"), "unit"),
+    (dict(duration="0 epochs"), "expected more than 0"), (dict(duration="5 percent"), "percents are of the whole run"),
+    (dict(log_every="2 parsecs"), "log_every is '2 parsecs'"),
     (dict(augmentation="flipp"), "did you mean 'flip'")])
 def test_a_recipe_that_makes_no_sense(changes, says):
   with pytest.raises(ValueError, match=says):
@@ -351,13 +357,13 @@ def test_images_that_cannot_be_read(tmp_path, tiny_weights, capsys):
   with pytest.raises(data.BadImage, match="1 of .* images of split .*0.jpg.*bad_images"):
     fit(tiny_weights, "linear", data.image_folder(root), recipe(batch_size=4), workdir=tmp_path / "run")
   assert not (tmp_path / "run").exists()
-  run = fit(tiny_weights, "linear", data.image_folder(root), recipe(batch_size=4, duration="1 steps", bad_images="skip"),
-            workdir=tmp_path / "run")
+  skip = recipe(batch_size=4, duration="1 steps", bad_images="skip")
+  run = fit(tiny_weights, "linear", data.image_folder(root), skip, workdir=tmp_path / "run")
   assert "skipped: " in capsys.readouterr().err and sum(run.result["examples"].values()) == 17
   for image in (root / "ant").iterdir():
     image.write_bytes(b"text")
   with pytest.raises(data.DataError, match="'ant'|split"):
-    fit(tiny_weights, "linear", data.image_folder(root), recipe(batch_size=4, bad_images="skip"), workdir=tmp_path / "other")
+    fit(tiny_weights, "linear", data.image_folder(root), skip, workdir=tmp_path / "other")
   assert not (tmp_path / "other").exists()
 
 
@@ -368,7 +374,7 @@ def test_progress_elsewhere_is_lines(capsys, monkeypatch):
   with progress.Progress(3, "training") as bar:
     bar.update(2, "loss 0.1")
     bar.update()
-  assert capsys.readouterr().err.splitlines() == ["training 2/3 loss 0.1", "training 3/3 loss 0.1", "training 3/3 loss 0.1"]
+  assert capsys.readouterr().err.splitlines() == [f"training {n}/3 loss 0.1" for n in (2, 3)]
   monkeypatch.setattr(progress, "LINE_EVERY", 10.0)
   with progress.Progress(3, "training") as bar:
     bar.update(3)

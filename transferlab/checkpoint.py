@@ -1,13 +1,13 @@
 """What a run leaves on disk: checkpoints to resume from (orbax) and the adapter, one small safetensors file.
 
-An adapter holds trainable and state as `trainable/…` and `state/…` arrays, and a JSON header that says how to rebuild the
-method, which backbone it belongs to (by hash), the preprocessing, the class names and where it comes from. Reading one
-executes nothing; every name, shape and field is checked.
+An adapter holds trainable and state as `trainable/…` and `state/…` arrays, and a JSON header that says how to rebuild
+the method, which backbone it belongs to (by hash), the preprocessing, the class names and where it comes from. Reading
+one executes nothing; every name, shape and field is checked.
 """
 import json
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -41,7 +41,8 @@ class Checkpoints:
 
   def save(self, step: int, arrays, notes: dict) -> None:
     """Saves a pytree of arrays and a dict of plain data."""
-    self.manager.save(step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), notes=ocp.args.JsonSave(notes)))
+    self.manager.save(step, args=ocp.args.Composite(
+        arrays=ocp.args.StandardSave(arrays), notes=ocp.args.JsonSave(notes)))
 
   def restore(self, like):
     """(step, arrays, notes) of the newest checkpoint, or None; `like` gives structure, shapes and shardings."""
@@ -70,7 +71,8 @@ class Adapter(NamedTuple):
   header: dict    # everything the file says of itself
 
 
-def save_adapter(path, method: Method, trainable, state, *, weights: Weights, class_names, notes: dict | None = None) -> None:
+def save_adapter(path, method: Method, trainable, state, *, weights: Weights, class_names,
+                 notes: dict | None = None) -> None:
   """Writes an adapter, whole or not at all.
 
   Args:
@@ -80,7 +82,8 @@ def save_adapter(path, method: Method, trainable, state, *, weights: Weights, cl
   """
   header = {
       "format": FORMAT, "method": method.name, "options": method.options, "class_names": list(class_names),
-      "backbone": {"name": weights.name, "source": weights.source, "hash": weights.hash, "spec": weights.spec.to_dict()},
+      "backbone": {"name": weights.name, "source": weights.source, "hash": weights.hash,
+                   "spec": weights.spec.to_dict()},
       "preprocessing": weights.preprocessing.to_dict(), "versions": versions(), **(notes or {})}
   arrays = tree.flatten({"trainable": trainable, "state": state})
   arrays = {name: np.asarray(leaf, order="C") for name, leaf in arrays.items()}
@@ -102,7 +105,8 @@ def load_adapter(path) -> Adapter:
       text = (file.metadata() or {}).get("transferlab")
       arrays = {name: file.get_tensor(name) for name in file.keys()}
   except (safetensors.SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: dtypes numpy lacks
-    raise ValueError(f"{path} is not a readable safetensors file ({error}); it may be cut, copy or train it again") from None
+    raise ValueError(f"{path} is not a readable safetensors file ({error}); it may be cut, copy or train it "
+                     "again") from None
   header = _parse_header(path, text)
   try:
     spec = config.fill(SPECS[header["backbone"]["spec"]["family"]], header["backbone"]["spec"], "spec")
@@ -113,14 +117,14 @@ def load_adapter(path) -> Adapter:
     init = lambda rng, frozen: method.init(rng, frozen, len(header["class_names"]))
     trainable, state = jax.eval_shape(init, jax.random.key(0), backbones.abstract_params(spec))
   except (TypeError, ValueError, ArithmeticError) as error:
-    raise ValueError(f"{path} describes a method that cannot be built: {error}; the file is damaged or of another version, "
-                     "train again") from None
+    raise ValueError(f"{path} describes a method that cannot be built: {error}; the file is damaged or of another "
+                     "version, train again") from None
   if problem := _problem(arrays, tree.flatten({"trainable": trainable, "state": state})):
-    raise ValueError(f"{path} does not fit method {method.name!r} on {spec.name}: {problem}; the file is damaged or not "
-                     "written by this library, train again")
+    raise ValueError(f"{path} does not fit method {method.name!r} on {spec.name}: {problem}; the file is damaged or "
+                     "not written by this library, train again")
   found = tree.unflatten(arrays)
-  return Adapter(method, found.get("trainable", {}), found.get("state", {}), tuple(header["class_names"]), preprocessing,
-                 header["backbone"], header)
+  return Adapter(method, found.get("trainable", {}), found.get("state", {}), tuple(header["class_names"]),
+                 preprocessing, header["backbone"], header)
 
 
 def _problem(arrays: dict, expected: dict) -> str:
@@ -139,13 +143,14 @@ def _parse_header(path, text) -> dict:
   except (ValueError, RecursionError):
     header = {}
   if not isinstance(header, dict) or "method" not in header:
-    raise ValueError(f"{path} is not a transferlab adapter (it has no adapter header); expected the adapter.safetensors that "
-                     "training writes. Backbone weights go to --backbone")
+    raise ValueError(f"{path} is not a transferlab adapter (it has no adapter header); expected the "
+                     "adapter.safetensors that training writes. Backbone weights go to --backbone")
   bad = [name for name, kind in fields.items() if not isinstance(header.get(name), kind)]
   if not bad:
     bad = [f"backbone {name}" for name in ("name", "hash") if not isinstance(header["backbone"].get(name), str)]
     names = header["class_names"]
-    bad += ["class_names"] * (not names or len(set(map(str, names))) < len(names) or not all(isinstance(n, str) for n in names))
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+      bad.append("class_names")
   if bad or header["format"] > FORMAT:
     what = f"format {header['format']}, newer than {FORMAT}" if not bad else f"no valid {', '.join(bad)} in its header"
     raise ValueError(f"{path} has {what}; install the version of transferlab that wrote it")
@@ -158,7 +163,9 @@ def _parse_header(path, text) -> dict:
 def check_backbone(adapter: Adapter, weights: Weights) -> None:
   """Refuses an adapter on weights it was not trained on. Their names may differ: the same file may lie elsewhere."""
   name, known, spec = adapter.backbone["name"], adapter.backbone["spec"], weights.spec.to_dict()
-  if differs := [f"{key} {known.get(key)} and {spec[key]}" for key in spec if key != "name" and known.get(key) != spec[key]]:
+  different = [key for key in spec if key != "name" and known.get(key) != spec[key]]
+  if different:
+    differs = [f"{key} {known.get(key)} and {spec[key]}" for key in different]
     raise ValueError(f"the adapter was trained on {name} and these weights are {weights.name}: they differ in "
                      f"{', '.join(differs)}; give the weights it was trained on with --backbone")
   if adapter.backbone["hash"] != weights.hash:

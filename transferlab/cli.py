@@ -59,8 +59,8 @@ _BACKBONE = (None, "zoo name, weights file or folder, or hf:owner/name")
 
 def train(argv: list[str]) -> None:
   values = _flags(workdir=("", "folder for what the run leaves"),
-                  config=("", "config file, with its arguments after a colon; --config.KEY=value changes any of its keys"),
-                  bad_images=("", "error, or skip to go on without images that cannot be read; same as --config.bad_images"),
+                  config=("", "config file, its arguments after a colon; --config.KEY=value changes any key"),
+                  bad_images=("", "error, or skip images that cannot be read; same as --config.bad_images"),
                   micro_batch=("", "images computed at once, or auto for as many as fit; same as --config.micro_batch"))
   overrides, rest = {}, []
   for argument in argv:
@@ -83,8 +83,9 @@ def train(argv: list[str]) -> None:
 def evaluate(argv: list[str]) -> None:
   values = _flags(adapter=("", "adapter.safetensors of a run; without it the head that the weights carry is evaluated"),
                   backbone=_BACKBONE, data=("", "what to evaluate on, e.g. folder:/images"),
-                  split=("test", "train, val, test, or all of them"), classes=("", "JSON list of the head's class names"),
-                  preprocessing=("", "changes to that of the weights, e.g. interpolation=bilinear,crop=squash; heads only"),
+                  split=("test", "train, val, test, or all of them"),
+                  classes=("", "JSON list of the head's class names"),
+                  preprocessing=("", "changes to the weights' own, e.g. crop=squash,std=1/1/1; heads only"),
                   out=("", "folder for confusion.csv and confusion.png"), batch_size=(64, "images at once"),
                   bad_images=("error", "error, or skip to leave out images that cannot be read"),
                   json=(False, "print one JSON object"))
@@ -117,7 +118,8 @@ def _class_names(path: str):
   try:
     names = json.loads(Path(path).read_text())
   except (OSError, ValueError) as error:
-    raise ValueError(f"class names cannot be read from {path} ({error}); expected a JSON list, in the head's order") from None
+    raise ValueError(f"class names cannot be read from {path} ({error}); expected a JSON list, in the head's "
+                     "order") from None
   if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
     raise ValueError(f"{path} holds no list of strings; expected a JSON list of class names in the head's order")
   return names
@@ -150,7 +152,8 @@ def predict(argv: list[str]) -> None:
 
 
 def info(argv: list[str]) -> None:
-  values = _flags(backbone=("vit_b16", "architecture, zoo name or weights file"), method=("", "method; all of them if empty"),
+  values = _flags(backbone=("vit_b16", "architecture, zoo name or weights file"),
+                  method=("", "method; all of them if empty"),
                   options=("", "the method's options, e.g. rank=4,form=fused"), num_classes=(100, "C"),
                   batch_size=(32, "images per step"), image_size=(0, "pixels, 0 for the backbone's own"),
                   remat=(False, "recompute adapted blocks"), sites=(False, "list the backbone's sites with shapes"),
@@ -184,13 +187,14 @@ def info(argv: list[str]) -> None:
 
 
 def convert(argv: list[str]) -> None:
-  values = _flags(backbone=_BACKBONE, out=("", "file or folder to write"), architecture=("", "what it is expected to be"),
+  values = _flags(backbone=_BACKBONE, out=("", "file or folder to write"),
+                  architecture=("", "what it is expected to be"),
                   image_size=(0, "resample the position table to this size"), download=(False, "fetch a zoo entry"))
   _parse(values, argv, "convert")
   _required(values, "backbone", "out")
   from transferlab.backbones.weights import export_timm, load_weights
-  weights = load_weights(values.backbone, architecture=values.architecture or None, image_size=values.image_size or None,
-                         download=values.download)
+  weights = load_weights(values.backbone, architecture=values.architecture or None,
+                         image_size=values.image_size or None, download=values.download)
   export_timm(weights, values.out)
   print(values.out)
 
@@ -224,7 +228,7 @@ VERBS = {"train": train, "eval": evaluate, "predict": predict, "info": info, "co
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Runs a verb. Anything the user can mend is one line on standard error; TRANSFERLAB_TRACEBACK=1 shows where it came from."""
+  """Runs a verb. What the user can mend is one line on standard error; TRANSFERLAB_TRACEBACK=1 shows its origin."""
   argv = list(sys.argv if argv is None else argv)
   if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
     print(USAGE)

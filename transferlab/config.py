@@ -12,7 +12,7 @@ UNITS = ("steps", "epochs", "examples", "percent")
 
 def resolve_steps(duration: str, steps_per_epoch: int, batch_size: int, total_steps: int | None = None,
                   name: str = "duration", positive: bool = False) -> int:
-  """Number of training steps of a duration such as "500 steps", "20 epochs", "10000 examples" or "5 percent" of the run.
+  """Number of training steps of a duration: "500 steps", "20 epochs", "10000 examples" or "5 percent" of the run.
 
   With `positive` a duration of 0 is an error, and a short one is at least one step.
   """
@@ -41,7 +41,8 @@ def fill(cls, values: dict, where: str = "config") -> Any:
   filled = {}
   for key, value in values.items():
     if key not in fields:
-      raise ValueError(f"{where} has no key {key!r}; nearest: {', '.join(nearest(key, fields))}; all: {', '.join(fields)}")
+      raise ValueError(f"{where} has no key {key!r}; nearest: {', '.join(nearest(key, fields))}; "
+                       f"all: {', '.join(fields)}")
     default = fields[key].default
     if dataclasses.is_dataclass(default) and not isinstance(value, type(default)):
       if not isinstance(value, dict):
@@ -54,7 +55,7 @@ def fill(cls, values: dict, where: str = "config") -> Any:
 
 
 def typed(name: str, value, kind, example=None):
-  """`value` as the annotation `kind` wants it: whole numbers serve as float, lists as tuples, True and False as bool only.
+  """`value` as the annotation `kind` wants it: whole numbers serve as float, lists as tuples, True as bool only.
 
   Raises:
     ValueError: a value of another type; the message shows `example`, the default.
@@ -65,7 +66,8 @@ def typed(name: str, value, kind, example=None):
     value = float(value)
   if not any(isinstance(value, k) and not (isinstance(value, bool) and k is int) for k in kinds):
     expected = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
-    raise ValueError(f"{name} is {value!r}; expected {expected}" + ("" if example is None else f", such as {example!r}"))
+    such_as = "" if example is None else f", such as {example!r}"
+    raise ValueError(f"{name} is {value!r}; expected {expected}{such_as}")
   return value
 
 

@@ -1,11 +1,11 @@
 """What a step costs, by XLA's own analysis of the compiled program; nothing is executed and no weights are needed."""
-import math
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from transferlab import backbones, devices, tree
+from transferlab import backbones
 from transferlab.backbones.spec import Preprocessing
 from transferlab.method import Method, predict, sizes
 from transferlab.optim import Optim, make_optimiser
@@ -37,8 +37,8 @@ def of_step(compiled, parts: int = 1) -> StepCost:
 def parts(rows: int, micro_batch: int, device_count: int = 1) -> int:
   """Number of micro-batches of `micro_batch` rows in a batch of `rows`; both have to divide."""
   if micro_batch > rows or rows % micro_batch or micro_batch % device_count:
-    raise ValueError(f"micro_batch {micro_batch} does not cut a batch of {rows} on {device_count} devices into equal parts; "
-                     f"valid: {', '.join(map(str, divisors(rows, device_count)))}")
+    raise ValueError(f"micro_batch {micro_batch} does not cut a batch of {rows} on {device_count} devices into equal "
+                     f"parts; valid: {', '.join(map(str, divisors(rows, device_count)))}")
   return rows // micro_batch
 
 
@@ -72,8 +72,8 @@ def of(spec, method: Method, num_classes: int, *, batch_size: int = 32, dtype=jn
   """Sizes and costs of a method on a backbone, from shapes alone.
 
   Returns:
-    trainable, trainable_without_classifier, state, frozen: numbers of parameters; forward_flops and train_flops of one batch;
-    train_peak_bytes of the compiled step; adapter_bytes of the arrays in the adapter file.
+    trainable, trainable_without_classifier, state, frozen: numbers of parameters; forward_flops and train_flops of one
+    batch; train_peak_bytes of the compiled step; adapter_bytes of the arrays in the adapter file.
   """
   backbone = backbones.build(spec, dtype)
   preprocessing = Preprocessing(spec.image_size)
@@ -85,8 +85,8 @@ def of(spec, method: Method, num_classes: int, *, batch_size: int = 32, dtype=jn
   B, S = batch_size, spec.image_size
   batch = {"image": jax.ShapeDtypeStruct((B, S, S, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((B,), jnp.int32),
            "weight": jax.ShapeDtypeStruct((B,), jnp.float32)}
-  step = compile_step(make_step(method, backbone, optimiser, preprocessing, num_classes, remat=remat), run, frozen, batch,
-                      remat=remat)
+  step = make_step(method, backbone, optimiser, preprocessing, num_classes, remat=remat)
+  step = compile_step(step, run, frozen, batch, remat=remat)
   forward = jax.jit(lambda t, s, f, images: predict(method, backbone, t, s, f, to_inputs(images, preprocessing)))
   compiled = forward.lower(trainable, state, frozen, batch["image"]).compile()
   saved = jax.tree.leaves((trainable, state))

@@ -1,7 +1,8 @@
 """Evaluation: every example counts once, the last partial batch included."""
 import csv
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -72,7 +73,10 @@ def evaluate(logits_of: Callable, loader: data.EvalLoader, num_classes: int, *, 
 def write_confusion(evaluation: Evaluation, class_names, folder) -> list[Path]:
   """Writes `confusion.csv` (true classes in rows) and, where matplotlib is installed, `confusion.png`."""
   folder = Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(f"cannot write to {folder} ({error.strerror}); give a folder that you may write to") from None
   table, picture = folder / "confusion.csv", folder / "confusion.png"
   with atomic(table) as temporary, open(temporary, "w", newline="") as file:
     writer = csv.writer(file)

@@ -1,7 +1,7 @@
 """From a configuration to a run: what `transferlab train` does, callable from Python.
 
-A configuration is an ml_collections ConfigDict (or a dict) with the keys of `Experiment`, those of `train.Recipe`, and the
-method's own options under `options`.
+A configuration is an ml_collections ConfigDict (or a dict) with the keys of `Experiment`, those of `train.Recipe`, and
+the method's own options under `options`.
 """
 import ast
 import dataclasses
@@ -25,7 +25,7 @@ class Experiment:
   """What to train on what.
 
   Fields:
-    data: a source, e.g. "folder:/path", "domains:/path?test_domain=sketch", "list:/path?train=a.txt", "csv:/file", "digits".
+    data: a source: "folder:/path", "domains:/path?test_domain=sketch", "list:/path?train=a.txt", "csv:/file", "digits".
     backbone: a zoo name, a weights file or folder, or "hf:owner/name".
     architecture: what the weights are expected to be, "" to infer it.
     image_size: pixels, 0 for the weights' own; the position table is resampled.
@@ -79,7 +79,8 @@ def load(text: str, overrides: dict[str, str] | None = None) -> ml_collections.C
   """
   path, colon, arguments_ = text.partition(":")
   if not Path(path).is_file():
-    raise ValueError(f"config file {path!r} does not exist; expected a Python file with get_config, e.g. configs/folder.py")
+    raise ValueError(f"config file {path!r} does not exist; expected a Python file with get_config, e.g. "
+                     "configs/folder.py")
   try:
     script = {"__file__": path, "__name__": "config"}
     exec(compile(Path(path).read_text(), path, "exec"), script)
@@ -105,12 +106,13 @@ def _set(config: ml_collections.ConfigDict, key: str, text: str) -> None:
     known = [name.replace("/", ".") for name in tree.flatten(config.to_dict())]
     raise ValueError(f"config has no key {key!r}; nearest: {', '.join(tree.nearest(key, known))}")
   if isinstance(group[last], ml_collections.ConfigDict):
-    raise ValueError(f"config.{key} is {text!r}; expected keys of its own: {', '.join(f'{key}.{k}' for k in group[last])}")
+    own = ", ".join(f"{key}.{name}" for name in group[last])
+    raise ValueError(f"config.{key} is {text!r}; expected keys of its own: {own}")
   group[last] = _parsed(f"config.{key}", text, group[last])
 
 
 def _parsed(name: str, text: str, old):
-  """Text as a value like `old`: strings as they are, everything else as a Python literal; a plain word where `old` is None."""
+  """Text as a value like `old`: strings as they are, else a Python literal, or a plain word where `old` is None."""
   if isinstance(old, str):
     return text
   try:
@@ -128,8 +130,8 @@ def parse(config) -> tuple[Experiment, dict, Recipe]:
   recipe = {f.name for f in dataclasses.fields(Recipe)}
   for key in values:
     if key not in mine | recipe:
-      raise ValueError(f"config has no key {key!r}; nearest: {', '.join(nearest(key, mine | recipe))}; options of the method "
-                       "go under options")
+      raise ValueError(f"config has no key {key!r}; nearest: {', '.join(nearest(key, mine | recipe))}; options of the "
+                       "method go under options")
   experiment = config_lib.fill(Experiment, {k: v for k, v in values.items() if k in mine})
   if not experiment.data:
     raise ValueError("config.data is empty; give --config.data=folder:/path (or digits, domains:, list:, csv:)")

@@ -19,8 +19,8 @@ def atomic(path):
   try:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
   except OSError as error:
-    raise ValueError(f"cannot write {path} ({error.strerror}); give a path in a folder that exists and that you may write "
-                     "to") from None
+    raise ValueError(f"cannot write {path} ({error.strerror}); give a path in a folder that exists and that you may "
+                     "write to") from None
   os.close(handle)
   try:
     yield temporary

@@ -1,4 +1,4 @@
-"""What `transferlab info` tells: sizes and costs of any backbone and method from shapes alone, and a backbone's sites."""
+"""What `transferlab info` tells: sizes and costs of any backbone and method from shapes alone, and sites."""
 import ast
 import re
 
@@ -49,5 +49,6 @@ def costs(spec, method: str | None, method_options: dict, num_classes: int, *, b
   if method is None and method_options:
     raise ValueError("options belong to one method; give --method")
   names = [method] if method else list(methods.METHODS)
-  return [{"method": name, "backbone": spec.name, **cost.of(spec, methods.build(name, spec, **method_options), num_classes,
-                                                           batch_size=batch_size, remat=remat)} for name in names]
+  row = lambda name: cost.of(spec, methods.build(name, spec, **method_options), num_classes, batch_size=batch_size,
+                             remat=remat)
+  return [{"method": name, "backbone": spec.name, **row(name)} for name in names]

@@ -21,9 +21,9 @@ class Optim:
   Fields:
     name: "adamw" (decoupled decay), "adam" or "sgd" (decay added to the gradient, as torch does).
     lr: peak learning rate.
-    schedule: "constant" and "cosine" change every step, after a linear warm-up from 0. The others are constant within an
-      epoch and reproduce released code: "dtl" (DTL and SSF: the last 10 epochs idle at 1e-8), "noah" (NOAH and FacT) and
-      "vpt"; their warm-up is part of them.
+    schedule: "constant" and "cosine" change every step, after a linear warm-up from 0. The others are constant within
+      an epoch and reproduce released code: "dtl" (DTL and SSF: the last 10 epochs idle at 1e-8), "noah" (NOAH and FacT)
+      and "vpt"; their warm-up is part of them.
     warmup: duration of the warm-up; the per-epoch schedules take it in epochs.
     weight_decay: strength of the decay.
     decay: ordered (pattern, factor) pairs on parameter names, first match wins, 1 where none matches.
@@ -85,8 +85,8 @@ def epoch_rates(name: str, lr: float, epochs: int, warmup: int = 10) -> np.ndarr
   if name == "noah":
     return timm_epochs(lr, epochs, warmup=warmup, warmup_lr=1e-6, min_lr=1e-5, delay=1)
   if epochs <= 10:
-    raise ValueError(f"schedule 'dtl' ends with 10 idle epochs and the run has {epochs}; train longer (the paper: 110) or "
-                     "use schedule='cosine'")
+    raise ValueError(f"schedule 'dtl' ends with 10 idle epochs and the run has {epochs}; train longer (the paper: 110) "
+                     "or use schedule='cosine'")
   return timm_epochs(lr, epochs, warmup=warmup, warmup_lr=1e-7, min_lr=1e-8, cooldown=10)
 
 

@@ -19,7 +19,7 @@ class Progress:
   def __init__(self, total: int, what: str, *, done: int = 0, quiet: bool = False):
     self.total, self.what, self.done, self.quiet = total, what, done, quiet
     self.note, self.last = "", time.monotonic()
-    self.bar, self.said = None, False
+    self.bar, self.said = None, None
 
   def __enter__(self):
     console = Console(stderr=True)
@@ -33,15 +33,15 @@ class Progress:
   def __exit__(self, *_):
     if self.bar:
       self.bar.stop()
-    elif self.said:
+    elif self.said not in (None, self.done):
       say(f"{self.what} {self.done}/{self.total} {self.note}".rstrip())
 
   def update(self, count: int = 1, note: str | None = None) -> None:
-    """`count` more are done; a plain line appears at most every ten seconds and at the end of work that took as long."""
+    """`count` more are done; a plain line appears at most every ten seconds, and at the end if there was one."""
     self.done += count
     self.note = self.note if note is None else note
     if self.bar:
       self.bar.update(self.task, completed=self.done, note=self.note)
     elif not self.quiet and time.monotonic() - self.last > LINE_EVERY:
-      self.last, self.said = time.monotonic(), True
+      self.last, self.said = time.monotonic(), self.done
       say(f"{self.what} {self.done}/{self.total} {self.note}".rstrip())

@@ -1,6 +1,6 @@
 """A trained classifier in use: an adapter on its backbone, or the head that a weights file carries."""
-from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +59,8 @@ def load(adapter=None, weights=None, *, class_names=None, preprocessing: str = "
   found = load_adapter(adapter)
   if weights is None:
     if found.backbone["name"] not in zoo.ZOO:
-      raise ValueError(f"{adapter} was trained on {found.backbone['name']!r} ({found.backbone['source']}), which is not in the "
-                       "zoo; give those weights with --backbone")
+      raise ValueError(f"{adapter} was trained on {found.backbone['name']!r} ({found.backbone['source']}), which is "
+                       "not in the zoo; give those weights with --backbone")
     weights = found.backbone["name"]
   weights = _weights(weights, found.backbone["spec"]["image_size"])
   check_backbone(found, weights)
@@ -123,7 +123,8 @@ def predict_files(classifier: Classifier, files, *, top: int = 1, batch_size: in
   if not 1 <= top <= len(classifier.class_names):
     raise ValueError(f"top is {top}; expected 1 to the number of classes, {len(classifier.class_names)}")
   if batch_size < 1 or bad_images not in ("error", "skip"):
-    raise ValueError(f"batch_size is {batch_size} and bad_images {bad_images!r}; expected 1 or more, and 'error' or 'skip'")
+    raise ValueError(f"batch_size is {batch_size} and bad_images {bad_images!r}; expected 1 or more, and 'error' or "
+                     "'skip'")
   rows = []
   with Progress(len(files), "predicting", quiet=quiet) as progress:
     for i in range(0, len(files), batch_size):
@@ -143,8 +144,8 @@ def predict_files(classifier: Classifier, files, *, top: int = 1, batch_size: in
 
 
 def merge(classifier: Classifier, out, *, tolerance: float = 1e-3) -> float:
-  """Writes the adapted backbone as plain weights with a head, in timm's names, and returns the largest difference of logits
-  between adapter and merged weights on a probe batch of noise.
+  """Writes the adapted backbone as plain weights with a head, in timm's names, and returns the largest difference of
+  logits between adapter and merged weights on a probe batch of noise.
 
   Raises:
     ValueError: the method cannot be merged, or the difference exceeds `tolerance`; nothing is written then.
@@ -152,16 +153,17 @@ def merge(classifier: Classifier, out, *, tolerance: float = 1e-3) -> float:
   method, weights = classifier.method, classifier.weights
   if method.merge is None:
     mergeable = [name for name in methods.METHODS if methods.build(name, weights.spec).merge]
-    raise ValueError(f"{method.name} computes beside the backbone and has no equal plain weights; deploy the adapter file. "
-                     f"Methods that merge: {', '.join(mergeable)}")
+    raise ValueError(f"{method.name} computes beside the backbone and has no equal plain weights; deploy the adapter "
+                     f"file. Methods that merge: {', '.join(mergeable)}")
   params = jax.tree.map(np.asarray, method.merge(classifier.trainable, jax.device_put(weights.params)))
   head = jax.tree.map(np.asarray, classifier.trainable["classifier"])
-  merged = _of_head(weights._replace(params=params, head=head, preprocessing=classifier.preprocessing), classifier.class_names)
+  weights = weights._replace(params=params, head=head, preprocessing=classifier.preprocessing)
+  merged = _of_head(weights, classifier.class_names)
   S = weights.spec.image_size
   probe = np.random.default_rng(0).integers(0, 256, (4, S, S, 3), np.uint8)
   difference = float(jnp.abs(merged.logits(probe) - classifier.logits(probe)).max())
   if not difference <= tolerance:
-    raise ValueError(f"merged and adapted logits differ by {difference:.2e}, more than the tolerance {tolerance:g}; nothing "
-                     "was written")
-  export_timm(merged.weights, out)
+    raise ValueError(f"merged and adapted logits differ by {difference:.2e}, more than the tolerance {tolerance:g}; "
+                     "nothing was written")
+  export_timm(weights, out)
   return difference

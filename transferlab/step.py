@@ -46,7 +46,7 @@ def make_step(method: Method, backbone: Backbone, optimiser: optax.GradientTrans
   """The step (run, frozen, batch) -> (run, {"loss", "grad_norm"}), to be jitted with `compile_step`.
 
   Args:
-    seed: together with the step's number it gives all randomness, so a resumed run draws what an uninterrupted one draws.
+    seed: with the step's number it gives all randomness, so a resumed run draws what an uninterrupted one draws.
     drop_path: stochastic depth of the last block.
     remat: recompute adapted blocks in the backward pass.
     micro_batches: the batch is cut into so many parts whose gradients add up to the whole batch's.
@@ -92,8 +92,8 @@ def make_step(method: Method, backbone: Backbone, optimiser: optax.GradientTrans
 
 def compile_step(step, run, frozen, batch, *, remat: bool = False):
   """Compiles a step ahead of time, for arrays or for shapes; the run is donated, the backbone never."""
-  # XLA's default CPU scheduler ignores memory, and rematerialisation then saves none (ViT-B/16, batch 32, DTL: 3811 MiB of
-  # temporaries with and without remat, against 1242 with this scheduler).
+  # XLA's default CPU scheduler ignores memory, and rematerialisation then saves none (ViT-B/16, batch 32, DTL: 3811 MiB
+  # of temporaries with and without remat, against 1242 with this scheduler).
   options = {}
   if remat and jax.default_backend() == "cpu":
     options["xla_cpu_scheduler_type"] = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"

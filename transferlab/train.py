@@ -1,4 +1,4 @@
-"""Training: `fit` adapts frozen weights to a task, chooses on validation, opens the test split once, and leaves a workdir.
+"""Training: `fit` adapts frozen weights to a task, chooses on validation, opens test once, and leaves a workdir.
 
     workdir/config.json             what was asked for, resolved
     workdir/metrics.jsonl           a line per log and per evaluation
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from transferlab import backbones, config, cost, data, devices, methods, tree
 from transferlab.backbones.weights import Weights
@@ -91,7 +90,7 @@ class Recipe:
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f"{name} is {getattr(self, name)}; expected a number from 0 to below 1")
     preset(self.augmentation)
-    for name in ("duration", "evaluate_every", "checkpoint_every", "log_every"):  # in real steps later; here for the errors
+    for name in ("duration", "evaluate_every", "checkpoint_every", "log_every"):  # for the errors; steps come later
       config.resolve_steps(getattr(self, name), 1, 1, None if name == "duration" else 1, name, positive=True)
 
 
@@ -108,8 +107,8 @@ class NotFinite(RuntimeError):
   """The loss, a gradient or a parameter became NaN or infinite."""
 
 
-def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe = Recipe(), *, options: dict | None = None,
-        workdir=None, quiet: bool = False) -> Fit:
+def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe = Recipe(), *,
+        options: dict | None = None, workdir=None, quiet: bool = False) -> Fit:
   """Adapts frozen weights to a task.
 
   Args:
@@ -133,9 +132,9 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
     raise ValueError(f"task {task.name!r} has splits {', '.join(task.splits)}; training needs 'train'")
   task = readable(task, recipe.bad_images, tell, quiet)
   asked = {"backbone": weights.name, "backbone_hash": weights.hash, "image_size": weights.spec.image_size,
-           "preprocessing": weights.preprocessing.to_dict(), "method": first.name if not isinstance(method, str) else method,
-           "options": first.options, "task": task.name, "split_hash": task.split_hash(),
-           "recipe": dataclasses.asdict(recipe)}
+           "preprocessing": weights.preprocessing.to_dict(),
+           "method": method if isinstance(method, str) else first.name, "options": first.options,
+           "task": task.name, "split_hash": task.split_hash(), "recipe": dataclasses.asdict(recipe)}
   asked = json.loads(json.dumps(asked))  # tuples become lists, as they will be when read back
   folder = None if workdir is None else Workdir(workdir, asked)
   if folder and isinstance(method, str) and (finished := folder.finished()):
@@ -161,7 +160,7 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   result["seconds"] = round(time.monotonic() - began, 2)
   if folder:
     adapter = folder.path / "adapter.safetensors"
-    notes = {"task": task.name, "split_hash": asked["split_hash"], "recipe": asked["recipe"], "val": last.val, "test": test}
+    notes = {**{key: asked[key] for key in ("task", "split_hash", "recipe")}, "val": last.val, "test": test}
     save_adapter(adapter, final, trainable, state, weights=weights, class_names=task.class_names, notes=notes)
     result = folder.finish(result)
   for name in ("val", "test"):
@@ -170,12 +169,13 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   return Fit(final, trainable, state, result, adapter)
 
 
-def ledger_row(asked: dict, weights: Weights, task: data.Task, method: Method, last: "Stage", test: dict | None) -> dict:
-  """Everything a comparison of runs needs: what was asked for, the scores, sizes and costs, and hashes of what went in."""
+def ledger_row(asked: dict, weights: Weights, task: data.Task, method: Method, last: "Stage", test) -> dict:
+  """Everything a comparison of runs needs: what was asked for, scores, sizes, costs, and hashes of what went in."""
   count = sizes(method, weights.params, len(task.class_names))
   return {
-      **asked, "class_names": list(task.class_names), "val": last.val, "test": test, "selected_step": last.selected_step,
-      "protocol": f"{f'{last.recipe.select} on val' if last.val else 'last'}, test once", "steps": last.total,
+      **asked, "class_names": list(task.class_names), "val": last.val, "test": test,
+      "protocol": f"{f'{last.recipe.select} on val' if last.val else 'last'}, test once",
+      "steps": last.total, "selected_step": last.selected_step,
       "trainable": count.trainable, "trainable_without_classifier": count.trainable_without_classifier,
       "train_peak_bytes": last.cost.train_peak_bytes, "train_flops": last.cost.train_flops,
       "examples": {name: len(split) for name, split in task.splits.items()},
@@ -194,12 +194,13 @@ def scores(evaluation) -> dict:
 def readable(task: data.Task, bad_images: str, tell, quiet: bool) -> data.Task:
   """The task without images that cannot be read; each is named. With bad_images="error" the first such split stops.
 
-  All splits are decoded, test included: whether files decode is no result, and it has to be known before hours of training.
+  All splits are decoded, test included: whether files decode is no result, and it has to be known before training.
   """
   splits, skipped = {}, 0
   for name, split in task.splits.items():
     with Progress(len(split), f"checking {name}", quiet=quiet) as progress:
-      splits[name], problems = data.check_images(split, bad_images, lambda done, total: progress.update(done - progress.done))
+      seen = lambda done, total, progress=progress: progress.update(done - progress.done)
+      splits[name], problems = data.check_images(split, bad_images, seen)
     for problem in problems:
       tell(f"skipped: {problem}")
     skipped += len(problems)
@@ -237,8 +238,8 @@ class Workdir:
     if not isinstance(found, dict):
       raise ValueError(f"workdir {path} has a config.json that no run wrote; give another --workdir")
     if different := config.changes(found, asked):
-      raise ValueError(f"workdir {path} holds a run with another configuration ({'; '.join(different[:4])}); give another "
-                       "--workdir, or delete it to start over")
+      raise ValueError(f"workdir {path} holds a run with another configuration ({'; '.join(different[:4])}); give "
+                       "another --workdir, or delete it to start over")
 
   def begin(self) -> None:
     """Takes the folder, once everything is known to fit."""
@@ -336,8 +337,8 @@ class Stage:
     if recipe.class_weights == "balanced":
       class_weights = data.class_weights(self.task.splits["train"].labels, self.num_classes)
     def compiled(micro_batches: int):
-      step = make_step(self.method, self.backbone, self.optimiser, self.preprocessing, self.num_classes, seed=recipe.seed,
-                       drop_path=recipe.drop_path, remat=recipe.remat, micro_batches=micro_batches,
+      step = make_step(self.method, self.backbone, self.optimiser, self.preprocessing, self.num_classes,
+                       seed=recipe.seed, drop_path=recipe.drop_path, remat=recipe.remat, micro_batches=micro_batches,
                        class_weights=class_weights)
       return compile_step(step, self.run, self.frozen, batch, remat=recipe.remat)
     rows = len(batch["weight"])

@@ -25,6 +25,8 @@ def complete(splits: dict[str, np.ndarray], groups: np.ndarray, group_names: Seq
   """
   if "train" not in splits or "val" in splits:
     return splits
+  if strict and len(groups) and not 0 <= groups.min() <= groups.max() < len(group_names):
+    return splits  # labels outside the range: Task.check names the example
   _check_fractions(val_fraction, test_fraction)
   if "test" not in splits and test_fraction == 1:
     return {"test": splits["train"]}

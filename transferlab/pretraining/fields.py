@@ -1,9 +1,9 @@
 """Texture formulas: scalar fields on a square, each a family with as many classes as one likes.
 
-A family is a function `(cls, rng, x, y) -> [S, S]`. `cls` is a random generator seeded by the class alone: what is drawn
-from it is what the class *is* (frequencies, shapes, exponents). `rng` is seeded by the image: what is drawn from it
-varies within the class. `x` and `y` are the coordinates after the image's own rotation, zoom, shift and warp; the square
-is [-1, 1] before them. Values are of any range; `texture` maps them to [0, 1].
+A family is a function `(cls, rng, x, y) -> [S, S]`. `cls` is a random generator seeded by the class alone: what is
+drawn from it is what the class *is* (frequencies, shapes, exponents). `rng` is seeded by the image: what is drawn from
+it varies within the class. `x` and `y` are the coordinates after the image's own rotation, zoom, shift and warp; the
+square is [-1, 1] before them. Values are of any range; `texture` maps them to [0, 1].
 
 Sources of the ideas: Gabor noise, Lagae et al. 2009; cellular noise, Worley 1996; noise and turbulence, Perlin 1985;
 spectral noise as pre-training images, Baradad et al. 2021 (arXiv 2106.05963), and small shader programs, Baradad et al.
@@ -216,8 +216,8 @@ def formula(cls, rng, x, y):
   return np.sin(h @ second * 2 + shift[1]).dot(last).reshape(x.shape)
 
 
-FAMILIES = (stripes, crosshatch, checks, lattice, bricks, cells, clouds, fibres, spots, turbulence, marble, gabors, rays,
-            bubbles, weave, formula)
+FAMILIES = (stripes, crosshatch, checks, lattice, bricks, cells, clouds, fibres, spots, turbulence, marble, gabors,
+            rays, bubbles, weave, formula)
 
 
 def texture(seed: int, label: int, rng, size: int):

@@ -3,8 +3,8 @@
     python -m transferlab.pretraining.train --out=vit_formula64.safetensors
 
 Two kinds of loss share a forward pass: which formulas made the image (class and family of figure and texture), and what
-the view and its patches look like (`descriptors`). For most of the run the network sees a random half of the patches, as
-in Li et al. 2022 (arXiv 2212.00794): more steps for the same time, and another augmentation.
+the view and its patches look like (`descriptors`). For most of the run the network sees a random half of the patches,
+as in Li et al. 2022 (arXiv 2212.00794): more steps for the same time, and another augmentation.
 """
 import functools
 import pathlib
@@ -34,7 +34,7 @@ PREPROCESSING = Preprocessing(64)
 
 
 def init(key, spec, structured: bool = True):
-  """{"backbone": …, "heads": …}. Class token and mean patch token have heads of their own, [2, D, N], so that both learn."""
+  """{"backbone": …, "heads": …}; class token and mean patch token have heads of their own, [2, D, N]: both learn."""
   keys = iter(jax.random.split(key, 8))
   def dense(*shape, scale=1.0):
     return {"kernel": jax.random.normal(next(keys), shape) * scale * shape[-2] ** -0.5, "bias": jnp.zeros(shape[-1])}
@@ -108,7 +108,7 @@ def losses(params, net, key, images, labels, keep: int):
 
 
 def optimiser(steps: int, rate: float, decay: float, warmup: int = 100, cooldown: float = 0.25):
-  """AdamW; the rate rises over `warmup` steps, stays, and falls to nothing over the last `cooldown` share of the steps."""
+  """AdamW; the rate rises over `warmup` steps, stays, and falls to nothing over the last `cooldown` share of them."""
   schedule = lambda i: rate * jnp.minimum(jnp.minimum((i + 1) / warmup, 1.0), (steps - i) / (steps * cooldown))
   matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
   return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=decay, mask=matrices))
@@ -181,8 +181,8 @@ def train(arrays, *, spec=SPEC, steps: int, batch: int, keep: float, whole: floa
 
 
 def main(_):
-  weights = {"shapes": _CLASSES.value, "textures": _CLASSES.value,
-             "views": _DESCRIBE.value, "patches": _DESCRIBE.value}
+  classes, describe = _CLASSES.value, _DESCRIBE.value
+  weights = {"shapes": classes, "textures": classes, "views": describe, "patches": describe}
   arrays = pool(_SEED.value, _IMAGES.value, _CACHE.value)
   source = (f"transferlab.pretraining.train: {_STEPS.value} steps of {_BATCH.value}, {_IMAGES.value} "
             f"generated images, seed {_SEED.value}, loss weights {weights}")
@@ -197,7 +197,7 @@ if __name__ == "__main__":
   _CACHE = flags.DEFINE_string("cache", None, "Folder that keeps the generated images for another run (1.2 GB).")
   _SEED = flags.DEFINE_integer("seed", 0, "Seed of images, initial weights and views.")
   _IMAGES = flags.DEFINE_integer("images", 64_000, "Number of distinct images.")
-  _STEPS = flags.DEFINE_integer("steps", 3000, "Optimiser steps.")
+  _STEPS = flags.DEFINE_integer("steps", 2000, "Optimiser steps.")
   _BATCH = flags.DEFINE_integer("batch", 96, "Images per step.")
   _KEEP = flags.DEFINE_float("keep", 0.5, "Share of patches seen before the last steps.")
   _WHOLE = flags.DEFINE_float("whole", 0.1, "Share of steps, at the end, that see all patches.")
