@@ -5,7 +5,7 @@ import optax
 
 
 def targets(batch: dict, num_classes: int):
-  """Target distributions [B, C]: the batch's own `soft_label` if its labels are mixed or smoothed, else one-hot labels."""
+  """Targets [B, C]: the batch's own `soft_label` if its labels are mixed or smoothed, else one-hot labels."""
   if "soft_label" in batch:
     return batch["soft_label"]
   return jax.nn.one_hot(batch["label"], num_classes)  # [B, C]

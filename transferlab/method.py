@@ -6,7 +6,8 @@
 
 Only `trainable` is ever differentiated. A method made of several stages names in `then` the method that follows it.
 """
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -104,8 +105,11 @@ def replay(visit, carry, activations: dict):
 
 
 def drop_path(rng, rate: float, depth: int):
-  """Stochastic depth (Huang et al. 2016) as a visitor: each branch of a sample is dropped with a rate that grows linearly
-  from 0 at the first block to `rate` at the last; kept branches are scaled by 1 / keep. Attention and MLP draw apart."""
+  """Stochastic depth (Huang et al. 2016) as a visitor.
+
+  Each branch of a sample is dropped with a rate that grows linearly from 0 at the first block to `rate` at the last;
+  kept branches are scaled by 1 / keep. Attention and MLP draw apart.
+  """
   def visit(carry, site, y, x):
     del x
     block, _, place = site.partition("/")
@@ -179,6 +183,7 @@ class Sizes(NamedTuple):
 def sizes(method: Method, frozen, num_classes: int) -> Sizes:
   """Numbers of parameters, from shapes alone; `frozen` may hold arrays or shapes."""
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-  trainable, state = jax.eval_shape(lambda rng, params: method.init(rng, params, num_classes), jax.random.key(0), frozen)
+  init = lambda rng, params: method.init(rng, params, num_classes)
+  trainable, state = jax.eval_shape(init, jax.random.key(0), frozen)
   return Sizes(count(trainable), count({k: v for k, v in trainable.items() if k != "classifier"}), count(state),
                count(frozen))

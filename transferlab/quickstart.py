@@ -1,7 +1,7 @@
 """Four methods side by side on a real data set, from nothing but this package: `python -m transferlab.quickstart`.
 
-The bundled backbone, which has never seen a photograph or a digit, is adapted to scikit-learn's 8x8 digits (1,000 images to
-train on, 200 to choose the epoch, 597 to test). Each method leaves a folder in `runs/quickstart`.
+The bundled backbone, which has never seen a photograph or a digit, is adapted to scikit-learn's 8x8 digits (1,000
+images to train on, 200 to choose the epoch, 597 to test). Each method leaves a folder in `runs/quickstart`.
 """
 import shutil
 import sys
@@ -26,8 +26,9 @@ RECIPES = {
 }
 
 
-def run(folder="runs/quickstart", backbone: str = "vit_formula64", task: data.Task | None = None, recipes=None) -> list[dict]:
-  """Trains every method of `recipes` (default `RECIPES`) on `task` (default: digits), prints the table and three predictions.
+def run(folder="runs/quickstart", backbone: str = "vit_formula64", task: data.Task | None = None,
+        recipes=None) -> list[dict]:
+  """Trains every method of `recipes` (default `RECIPES`) on `task` (default: digits); prints a table and predictions.
 
   Returns:
     the ledger rows, in the order of the methods.
@@ -42,7 +43,8 @@ def run(folder="runs/quickstart", backbone: str = "vit_formula64", task: data.Ta
                 title=f"{task.name} on {weights.name}")
   for row in rows:
     table.add_row(row["method"], f"{row['test']['accuracy']:.3f}", f"{row['trainable']:,}",
-                  f"{row['trainable_without_classifier']:,}", f"{row['train_peak_bytes'] / 2**20:.0f}", f"{row['seconds']:.0f}")
+                  f"{row['trainable_without_classifier']:,}", f"{row['train_peak_bytes'] / 2**20:.0f}",
+                  f"{row['seconds']:.0f}")
   console = Console()
   console.print(table)
 
@@ -52,8 +54,8 @@ def run(folder="runs/quickstart", backbone: str = "vit_formula64", task: data.Ta
   probabilities = classifier([test.read(i) for i in images])  # [3, C]
   console.print(f"\nthree test images by {adapter}:")
   for i, row in zip(images, probabilities):
-    console.print(f"  image {i}: it is {task.class_names[test.labels[i]]}, predicted {task.class_names[int(np.argmax(row))]} "
-                  f"with probability {row.max():.2f}")
+    truth, guess = task.class_names[test.labels[i]], task.class_names[int(np.argmax(row))]
+    console.print(f"  image {i}: it is {truth}, predicted {guess} with probability {row.max():.2f}")
   return rows
 
 

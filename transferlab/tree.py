@@ -1,11 +1,12 @@
 """Parameters by name: a leaf of a pytree is addressed as "block_03/qkv/kernel", groups of leaves by ordered patterns.
 
-Patterns are regular expressions that must match a whole name. The first that matches wins; a pattern that matches nothing
-is an error naming the nearest leaves, so a misspelt target can never silently train, decay or freeze nothing.
+Patterns are regular expressions that must match a whole name. The first that matches wins; a pattern that matches
+nothing is an error naming the nearest leaves, so a misspelt target can never silently train, decay or freeze nothing.
 """
 import difflib
 import re
-from typing import Any, Iterable, Sequence
+from typing import Any
+from collections.abc import Iterable, Sequence
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

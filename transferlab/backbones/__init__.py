@@ -3,7 +3,8 @@
 B batch, T tokens, D width, H attention heads, L blocks, C classes, R rank, P prompts, N features, K parallel heads.
 """
 import dataclasses
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,9 @@ class Backbone(NamedTuple):
   Fields:
     spec: its shape, as plain data.
     init: rng -> params, random weights.
-    apply: (params, inputs, visit, carry, *, start=0, remat_from=None) -> (features [B, D], carry). `inputs` are normalised
-      images [B, S, S, 3], or with start > 0 the tokens [B, T, D] that enter that block. Blocks from `remat_from` on are
-      recomputed in the backward pass.
+    apply: (params, inputs, visit, carry, *, start=0, remat_from=None) -> (features [B, D], carry). `inputs` are
+      normalised images [B, S, S, 3], or with start > 0 the tokens [B, T, D] that enter that block. Blocks from
+      `remat_from` on are recomputed in the backward pass.
   """
   spec: Any
   init: Callable
@@ -67,7 +68,9 @@ def sites(spec, batch: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
   return {name: shapes[name] for name in names}
 
 
-_SIZES = {  # width, depth, heads, MLP width: Dosovitskiy et al. 2021 table 1; Ti, S: Touvron et al. 2021; g, G: Zhai et al. 2022 table 2
+# Width, depth, heads, MLP width. B, L, H: Dosovitskiy et al. 2021 table 1; Ti, S: Touvron et al. 2021; g, G: Zhai et
+# al. 2022 table 2.
+_SIZES = {
   "ti": (192, 12, 3, 768), "s": (384, 12, 6, 1536), "b": (768, 12, 12, 3072), "l": (1024, 24, 16, 4096),
   "h": (1280, 32, 16, 5120), "g": (1408, 40, 16, 6144), "G": (1664, 48, 16, 8192),
 }
@@ -78,7 +81,8 @@ def _vit(name: str, size: str, patch: int, image_size: int = 224) -> ViTSpec:
   return ViTSpec(name, image_size, patch, width, depth, heads, mlp_width)
 
 
-# "vit_g14" and "vit_G14" differ by case in the literature; file systems and shells do not all keep it, so G is "gigantic" here, as in timm.
+# "vit_g14" and "vit_G14" differ by case in the literature; file systems and shells do not all keep it, so G is "gigantic"
+# here, as in timm.
 ARCHITECTURES: dict[str, Any] = {name: _vit(name, size, patch) for name, size, patch in (
     ("vit_ti16", "ti", 16), ("vit_s16", "s", 16), ("vit_s32", "s", 32), ("vit_b16", "b", 16), ("vit_b32", "b", 32),
     ("vit_b8", "b", 8), ("vit_l16", "l", 16), ("vit_l32", "l", 32), ("vit_h14", "h", 14), ("vit_h16", "h", 16),
@@ -87,7 +91,7 @@ ARCHITECTURES["vit_tiny_test"] = ViTSpec("vit_tiny_test", 16, 4, 16, 3, 2, 32)  
 
 
 def architecture(name: str, **changes):
-  """The spec of a named architecture, e.g. `architecture("vit_b16", image_size=384)`; unknown names list the known ones."""
+  """The spec of a named architecture, e.g. `architecture("vit_b16", image_size=384)`."""
   from transferlab.tree import nearest
   if name not in ARCHITECTURES:
     raise ValueError(f"backbone {name!r} is unknown; nearest: {', '.join(nearest(name, ARCHITECTURES))}; "

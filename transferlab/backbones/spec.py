@@ -17,8 +17,8 @@ POOLS = ("cls", "mean", "mean_before_norm")
 class Preprocessing:
   """How pixels become the input of a particular set of weights. It belongs to the weights, never to the data.
 
-  `crop="squash"` resizes both sides to `image_size / crop_fraction`, ignoring the aspect ratio, `crop="center"` the shorter
-  side; then the centre is cut. `mean` and `std` are on the [0, 1] scale, one per RGB channel.
+  `crop="squash"` resizes both sides to `image_size / crop_fraction`, ignoring the aspect ratio, `crop="center"` the
+  shorter side; then the centre is cut. `mean` and `std` are on the [0, 1] scale, one per RGB channel.
   """
   image_size: int
   interpolation: str = "bicubic"
@@ -41,18 +41,19 @@ class Preprocessing:
 
   def describe(self) -> str:
     """One line for logs: '224 px, bicubic, squash, mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5)'."""
-    crop = self.crop if self.crop == "squash" and self.crop_fraction == 1 else f"{self.crop} crop {self.crop_fraction:g}"
+    whole = self.crop == "squash" and self.crop_fraction == 1
+    crop = self.crop if whole else f"{self.crop} crop {self.crop_fraction:g}"
     return f"{self.image_size} px, {self.interpolation}, {crop}, mean {tuple(self.mean)}, std {tuple(self.std)}"
 
   def changed(self, text: str) -> "Preprocessing":
-    """With some fields replaced, "interpolation=bilinear,crop=squash"; for files that store no preprocessing of their own."""
+    """With some fields replaced, "interpolation=bilinear,crop=squash"; for files that store no preprocessing."""
     fields = {f.name: f for f in dataclasses.fields(self) if f.name != "image_size"}
     changes = {}
     for part in filter(None, text.split(",")):
       name, equals, value = part.partition("=")
       if not equals or name not in fields:
-        raise ValueError(f"preprocessing {part!r} is not understood; expected name=value with a name of {', '.join(fields)} "
-                         "(mean and std as 0.5/0.5/0.5)")
+        raise ValueError(f"preprocessing {part!r} is not understood; expected name=value with a name of "
+                         f"{', '.join(fields)} (mean and std as 0.5/0.5/0.5)")
       try:
         changes[name] = {"mean": _triple, "std": _triple, "crop_fraction": float}.get(name, str)(value)
       except ValueError:
@@ -88,8 +89,8 @@ class BlockShape(NamedTuple):
 class ViTSpec:
   """A Vision Transformer (Dosovitskiy et al. 2021), pre-norm, any size.
 
-  `pool` is what becomes the feature vector: "cls" the class token after the final norm, "mean" the mean of the normalised
-  patch tokens (big_vision), "mean_before_norm" the norm of the patch tokens' mean (timm's fc_norm).
+  `pool` is what becomes the feature vector: "cls" the class token after the final norm, "mean" the mean of the
+  normalised patch tokens (big_vision), "mean_before_norm" the norm of the patch tokens' mean (timm's fc_norm).
   """
   name: str
   image_size: int

@@ -11,8 +11,8 @@ from transferlab.backbones.spec import Preprocessing
 def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
   """uint8 [H, W, 3] -> uint8 [S, S, 3], S = `preprocessing.image_size`.
 
-  Both sides become floor(S / crop_fraction) pixels with "squash", which ignores the aspect ratio; with "center" the shorter
-  one does, the longer side rounded down. Then the centre is cut, as torchvision's Resize and CenterCrop do.
+  Both sides become floor(S / crop_fraction) pixels with "squash", which ignores the aspect ratio; with "center" the
+  shorter one does, the longer side rounded down. Then the centre is cut, as torchvision's Resize and CenterCrop do.
   """
   size = preprocessing.image_size
   height, width = image.shape[:2]

@@ -1,9 +1,9 @@
-"""DTL: disentangled transfer learning, a compact side network that is written back late (Fu et al. 2024, arXiv 2312.07856;
-heekhero/DTL @ bf6c51e).
+"""DTL: disentangled transfer learning, a compact side network that is written back late (Fu et al. 2024, arXiv
+2312.07856; heekhero/DTL @ bf6c51e).
 
 A side stream h gathers a low-rank read of the raw residual stream entering each block, h += (z A_i) B_i. After blocks
-M … L (numbered from 1) a gated copy joins the stream, z += h * sigmoid(beta * h). The first M blocks see no trainable value,
-so nothing is kept for a backward pass through them.
+M … L (numbered from 1) a gated copy joins the stream, z += h * sigmoid(beta * h). The first M blocks see no trainable
+value, so nothing is kept for a backward pass through them.
 """
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,12 @@ def dtl(spec, *, rank: int = 2, first_write: int | None = None, beta: float = 10
     first_write: the paper's M, 1 … L: the first write happens after block M, so block index M is the first whose input
       changes. Default: half the depth plus one, 7 for ViT-B.
     beta: sharpness of the gate; 100 in the paper. Nearly ReLU, but with slope 1/2 at 0, where h starts.
-    readout: "mean" pools the patch tokens and then applies the frozen final norm, as the released code does; "cls" reads
-      the backbone's own features, as the baselines do.
+    readout: "mean" pools the patch tokens and then applies the frozen final norm, as the released code does; "cls"
+      reads the backbone's own features, as the baselines do.
 
-  Trainable: {"side": {"block_00": {"a": [D, R], "b": [R, D]}, …}, "classifier"}: 36,864 on ViT-B without the classifier.
-  A is uniform in ±1/sqrt(D), B zero: training starts from the frozen model. Does not merge: h is a second stream.
+  Trainable: {"side": {"block_00": {"a": [D, R], "b": [R, D]}, …}, "classifier"}: 36,864 on ViT-B without the
+  classifier. A is uniform in ±1/sqrt(D), B zero: training starts from the frozen model. Does not merge: h is a second
+  stream.
   """
   D, L, prefix = spec.width, spec.depth, spec.prefix_tokens
   M = L // 2 + 1 if first_write is None else first_write

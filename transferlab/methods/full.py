@@ -11,8 +11,8 @@ def full(spec, *, probe_first: bool = False) -> Method:
 
   Args:
     spec: the backbone's spec.
-    probe_first: train a linear probe first and start from its classifier, which keeps the pre-trained features from being
-      distorted while the classifier is still random (LP-FT, Kumar et al. 2022, arXiv 2202.10054). Two stages.
+    probe_first: train a linear probe first and start from its classifier, which keeps the pre-trained features from
+      being distorted while the classifier is still random (LP-FT, Kumar et al. 2022, arXiv 2202.10054). Two stages.
   """
   def method(start=None) -> Method:
     def init(rng, frozen, num_classes):

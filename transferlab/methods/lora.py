@@ -4,8 +4,8 @@ literature calls "LoRA r=8, 294,912 parameters":
 * "qv": a pair of its own for the query and the value columns (JieShibo/PETL-ViT, binary_adapter).
 * "fused": one pair over the fused projection, so that q, k and v share A (ZhangYuanhan-AI/NOAH).
 
-The same trainable can act on activations, y + scale * (x A) B, or on weights, W + scale * A B. Activations are cheaper to
-train (the weight form differentiates whole matrices) and allow dropout; weights are what `merge` writes.
+The same trainable can act on activations, y + scale * (x A) B, or on weights, W + scale * A B. Activations are cheaper
+to train (the weight form differentiates whole matrices) and allow dropout; weights are what `merge` writes.
 """
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ def lora(spec, *, rank: int = 8, form: str = "qv", scale: float = 1.0, dropout: 
     scale: factor on the update (PETL-ViT chooses it per task from 0.01 to 10; NOAH has none, 1).
     dropout: on the bottleneck in "qv", on the input in "fused", as the originals do; needs space="activations".
     space: "activations" or "weights".
-    compat: None starts B at zero, so that training starts from the frozen model. "noah" draws A and B from a normal of std
-      0.02, as NOAH's model-wide initialisation does by overwriting LoRA's own; "fused" only.
+    compat: None starts B at zero, so that training starts from the frozen model. "noah" draws A and B from a normal of
+      std 0.02, as NOAH's model-wide initialisation does by overwriting LoRA's own; "fused" only.
 
   Trainable: {"lora": {"block_00": {"q": {"a": [D, R], "b": [R, D]}, "v": …}}, "classifier"}; "fused" has one pair
   {"qkv": {"a": [D, R], "b": [R, 3D]}} per block. Merges.

@@ -1,5 +1,7 @@
 """Linear probe of the bundled backbone against the same network untrained: the table of this folder's README.
 
+"start" is the network as training finds it (`initial`), so that one sees what the images themselves contribute.
+
     python -m transferlab.pretraining.probe --data=<folder with dtd10, flowers12, cifar10_jpeg>
 
 Features are frozen and standardised; the classifier is multinomial logistic regression whose strength is chosen by
@@ -22,6 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from transferlab.backbones import build
+from transferlab.pretraining import initial
 from transferlab.pretraining import store
 
 SETS = ("dtd10", "flowers12", "cifar10_jpeg")
@@ -106,7 +109,7 @@ def table(weights: dict, spec, data: dict, opened: bool = True):
 
 def main(_):
   params, spec, preprocessing, source = store.read(_WEIGHTS.value or store.BUNDLED)
-  untrained = build(spec).init(jax.random.key(_SEED.value))
+  key = jax.random.key(_SEED.value)
   data = {"digits": digits(preprocessing.image_size)}
   root = pathlib.Path(_DATA.value) if _DATA.value else None
   for name in SETS if root else ():
@@ -117,7 +120,7 @@ def main(_):
   print(f"{source}\n\n| set | network | " + " | ".join(f"{kind} (cv)" for kind in FEATURES) + " |")
   print("|---|---|" + "---|" * len(FEATURES))
   cells = []
-  weights = {"untrained": untrained, "trained": params}
+  weights = {"untrained": build(spec).init(key), "start": initial.structured(key, spec), "trained": params}
   for name, network, kind, inside, outside in table(weights, spec, data, not _CLOSED.value):
     cells.append(f"({100 * inside:.1f})" if outside is None else f"{100 * outside:.1f} ({100 * inside:.1f})")
     if kind == FEATURES[-1]:
@@ -129,5 +132,5 @@ if __name__ == "__main__":
   _DATA = flags.DEFINE_string("data", None, f"Folder with any of {', '.join(SETS)}, each as {{train,test}}/class/file.")
   _WEIGHTS = flags.DEFINE_string("weights", None, "Weights to probe; the bundled ones if not given.")
   _CLOSED = flags.DEFINE_bool("closed", False, "Cross-validate within the training parts only; for choosing.")
-  _SEED = flags.DEFINE_integer("seed", 0, "Seed of the untrained network.")
+  _SEED = flags.DEFINE_integer("seed", 0, "Seed of the two untrained networks.")
   app.run(main)
