@@ -184,7 +184,7 @@ class Steps:
     batch = devices.put_batch(batch, self.mesh)
     run = self.begin()
     with warnings.catch_warnings():
-      warnings.simplefilter("error")  # jax warns of donated arrays that no result can take: the backbone's would be
+      warnings.simplefilter("error", UserWarning)  # donated arrays that no result can take: the backbone
       compiled = compile_step(self.step, run, self.frozen, batch)
     with jax.transfer_guard("disallow"):  # the host neither sends nor fetches anything in a step
       after, values = compiled(run, self.frozen, batch)
@@ -342,7 +342,7 @@ def test_nan_stops_the_run_and_leaves_the_last_good_checkpoint(tiny_weights, tin
   assert [row["step"] for row in metrics(tmp_path / "run")] == [1]
 
 
-@pytest.mark.parametrize("lr", [1e30, 1e39])
+@pytest.mark.parametrize("lr", [1e30, 1e38])
 def test_a_last_step_that_overflows_leaves_no_adapter(tiny_weights, tiny_task, tmp_path, lr):
   """Loss and gradient of the only step are fine; its result is not."""
   asked = recipe(duration="1 steps", optim=Optim(lr=lr))

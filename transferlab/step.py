@@ -82,8 +82,8 @@ def make_step(method: Method, backbone: Backbone, optimiser: optax.GradientTrans
     value, grads = gradient(run.trainable, run.state, frozen, batch, rng)
     updates, opt_state = optimiser.update(grads, run.opt_state, run.trainable)
     trainable = optax.apply_updates(run.trainable, updates)
-    norm = optax.global_norm(grads)
-    finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(trainable))
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(trainable))
     nan_step = jnp.where(~finite & (run.nan_step < 0), run.step + 1, run.nan_step)
     return Run(run.step + 1, trainable, run.state, opt_state, nan_step), {"loss": value, "grad_norm": norm}
 

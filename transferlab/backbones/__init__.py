@@ -81,8 +81,8 @@ def _vit(name: str, size: str, patch: int, image_size: int = 224) -> ViTSpec:
   return ViTSpec(name, image_size, patch, width, depth, heads, mlp_width)
 
 
-# "vit_g14" and "vit_G14" differ by case in the literature; file systems and shells do not all keep it, so G is "gigantic"
-# here, as in timm.
+# "vit_g14" and "vit_G14" differ by case in the literature; file systems and shells do not all keep it, so G is called
+# "gigantic" here, as in timm.
 ARCHITECTURES: dict[str, Any] = {name: _vit(name, size, patch) for name, size, patch in (
     ("vit_ti16", "ti", 16), ("vit_s16", "s", 16), ("vit_s32", "s", 32), ("vit_b16", "b", 16), ("vit_b32", "b", 32),
     ("vit_b8", "b", 8), ("vit_l16", "l", 16), ("vit_l32", "l", 32), ("vit_h14", "h", 14), ("vit_h16", "h", 16),

@@ -66,7 +66,7 @@ def family_matrix(families, classes: int):
 def class_loss(logits, labels, families, smoothing: float = 0.1):
   """Cross-entropy of the class plus that of its family, averaged over the images that have a label (-1 is none).
 
-  Families are learnt within the first hundreds of steps, when single classes are still out of reach.
+  Families are there for the first hundreds of steps, when single classes are still out of reach.
   """
   targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
   family = jnp.log(jax.nn.softmax(logits) @ families + 1e-9)                                   # [B, families]
