@@ -38,7 +38,8 @@ _HEAD_21K = "21,843 classes of the pre-training"
 ZOO: dict[str, ZooEntry] = {
     "vit_formula64": ZooEntry(
         "bundled:vit_formula64.safetensors", None, None,
-        "images that this project generates from formulas; no photographs", "none"),
+        "images that this project generates from formulas; no photographs", "none",
+        "ee21c9bcc9940c8602bfa70b96de61960cf3b1307bb7aba51ca0af17ed11c924"),
     "vit_ti16.augreg_in21k": ZooEntry(
         "hf:timm/vit_tiny_patch16_224.augreg_in21k", "vit_ti16", _HALF, _AUGREG, _HEAD_21K),
     "vit_s16.augreg_in21k": ZooEntry(
