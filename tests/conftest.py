@@ -12,7 +12,7 @@ import pytest  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 4)
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"  # goldens and data of the project's makers; a stranger's clone does not have it
+SHARED = ROOT.parent / "shared"  # larger goldens and real data; a plain clone has none
 
 
 def pytest_addoption(parser):

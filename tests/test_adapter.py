@@ -191,11 +191,13 @@ def put(value, *path):
     (put("16", "backbone", "spec", "width"), "spec.width is '16'"),
     (put(0, "backbone", "spec", "heads"), "cannot be built"),
     (put(0, "backbone", "spec", "patch_size"), "cannot be built"),
-    (drop("depth", "backbone", "spec"), "cannot be built"), (put(1, "backbone", "spec", "colour"), "no key 'colour'"),
+    (drop("depth", "backbone", "spec"), "None blocks; expected 1 to"),
+    (put(1, "backbone", "spec", "colour"), "no key 'colour'"),
     (put(32, "backbone", "spec", "width"), "mis-shaped"), (drop("hash", "backbone"), "no valid backbone hash"),
     (put("cubic", "preprocessing", "interpolation"), "'cubic' is unknown"),
     (put("abc", "preprocessing", "mean"), "cannot be built"), (put(1, "preprocessing", "blur"), "cannot be built"),
-    (drop("image_size", "preprocessing"), "cannot be built"), (put([], "class_names"), "no valid class_names"),
+    (drop("image_size", "preprocessing"), "prepares images of None px"),
+    (put([], "class_names"), "no valid class_names"),
     (put(["a", 1], "class_names"), "no valid class_names"), (put(["a", "a"], "class_names"), "no valid class_names"),
     (put(["a", "b"], "class_names"), "mis-shaped: trainable/classifier"), (lambda header: [1], "no adapter header")])
 def test_headers_that_do_not_fit(saved, change, match):

@@ -97,13 +97,13 @@ def test_train_takes_any_key(place, run, tmp_path):
 def test_eval(place, run, tmp_path):
   flags = ("eval", *served(place), f"--data=folder:{place / 'images'}")
   code, out, err = run(*flags, "--json", f"--out={tmp_path / 'out'}")
-  first, *paths = out.splitlines()
-  found, result = json.loads(first), json.loads((place / "run" / "result.json").read_text())
+  found, result = json.loads(out), json.loads((place / "run" / "result.json").read_text())
   assert code == 0 and found["per_class"].keys() == {"ant", "bee", "cat"}
   assert [found[k] for k in ("accuracy", "mean_per_class", "examples")] == [
       result["test"][k] for k in ("accuracy", "mean_per_class", "examples")]
   assert found["loss"] == pytest.approx(result["test"]["loss"], abs=1e-5)
-  assert paths == [str(tmp_path / "out" / name) for name in ("confusion.csv", "confusion.png")]
+  paths = [str(tmp_path / "out" / name) for name in ("confusion.csv", "confusion.png")]
+  assert err[-2:] == paths  # standard output holds the JSON object alone
   table = list(csv.reader((tmp_path / "out" / "confusion.csv").open()))
   assert table[0] == ["true \\ predicted", "ant", "bee", "cat"]
   assert [row[0] for row in table[1:]] == ["ant", "bee", "cat"]
@@ -111,7 +111,7 @@ def test_eval(place, run, tmp_path):
   assert counts.sum() == found["examples"] and np.trace(counts) / counts.sum() == found["accuracy"]
   assert Image.open(tmp_path / "out" / "confusion.png").width > 100
 
-  code, out, err = run(*flags, "--split=all")
+  code, out, err = run(*flags, "--split=all", f"--out={tmp_path / 'all'}")
   assert code == 0 and "images 24" in out and "bee" in out and "accuracy" in out
 
 
@@ -128,8 +128,9 @@ def test_eval_and_predict_cannot_train(place, run, monkeypatch):
   from transferlab import step, train
   for module, name in ((train, "fit"), (step, "make_step"), (train, "make_step")):
     monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("trained"))
-  before = files(place)
   assert run("eval", *served(place), f"--data=folder:{place / 'images'}")[0] == 0
+  assert {"run/confusion.csv", "run/confusion.png"} <= files(place)  # beside the adapter, unless --out says otherwise
+  before = files(place)
   assert run("predict", *served(place), place / "images" / "ant" / "0.jpg")[0] == 0
   assert run("eval", f"--adapter={place / 'nothing'}", f"--data=folder:{place / 'images'}")[0] == 1
   assert files(place) == before

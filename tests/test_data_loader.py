@@ -9,6 +9,7 @@ import transferlab.data as data
 from transferlab.backbones.spec import Preprocessing
 from transferlab.data import Augmentation, BadImage, DataError, eval_loader, preprocess, train_loader
 from transferlab.data import cache as cache_lib
+from transferlab.data import files as files_lib
 
 P = Preprocessing(12)
 
@@ -293,3 +294,16 @@ def test_wrong_arguments():
 def test_batches_are_plain_arrays_that_the_caller_may_keep(folder):
   batches = take(train_loader(files(folder), P, batch_size=4, seed=0, workers=1, cache=False), 2)
   assert all(type(v) is np.ndarray and v.flags.writeable for b in batches for v in b.values())
+
+
+def test_the_files_of_a_small_task_are_decoded_once(tmp_path, monkeypatch):
+  for i in range(6):
+    Image.fromarray(np.full((9, 7, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
+  paths = tuple(str(tmp_path / f"{i}.png") for i in range(6))
+  split, decoded = data.Split("train", paths, np.arange(6) % 2, files_lib.FileReader(paths)), []
+  monkeypatch.setattr(files_lib, "decode", lambda path, decode=files_lib.decode: decoded.append(path) or decode(path))
+  kept, problems = data.read_once(split)
+  pixels = [kept.read(i) for i in range(6)] + [kept.select([4]).read(0)]
+  next(train_loader(kept, Preprocessing(8), batch_size=2, seed=0))
+  assert sorted(decoded) == sorted(paths) and not problems and kept.hash() == split.hash()
+  assert [int(p[0, 0, 0]) for p in pixels] == [0, 40, 80, 120, 160, 200, 160]

@@ -20,14 +20,14 @@ LAYERS = [  # from the top to the bottom; modules of one layer do not import eac
     "cli quickstart",
     "experiment serve inform testing",
     "train",
-    "evaluate checkpoint cost",
+    "evaluate checkpoint cost workdir",
     "step",
-    "data optim devices files progress metrics",
+    "data optim devices progress metrics",
     "methods",
     "method",
     "losses backbones",
     "config",
-    "tree",
+    "tree files",
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer.split()}
 # `backbones.spec` is plain data without jax, open to everything above `tree`.

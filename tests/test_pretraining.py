@@ -1,22 +1,26 @@
 """The generator is a function of (seed, index), the recipe takes steps, the bundled weights beat untrained ones."""
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import transferlab.backbones
 from transferlab import tree
 from transferlab.backbones import abstract_params
 from transferlab.backbones import build
 from transferlab.backbones.spec import ViTSpec
+from transferlab.backbones.weights import load_weights
 from transferlab.pretraining import augment
 from transferlab.pretraining import descriptors
 from transferlab.pretraining import fields
 from transferlab.pretraining import generate
 from transferlab.pretraining import probe
 from transferlab.pretraining import shapes
-from transferlab.pretraining import store
 from transferlab.pretraining import train
 
+BUNDLED = Path(transferlab.backbones.__file__).parent / "bundled" / "vit_formula64.safetensors"
 TINY = ViTSpec("tiny", image_size=64, patch_size=16, width=16, depth=1, heads=2, mlp_width=32)
 WEIGHTS = {"shapes": 1.0, "textures": 1.0, "views": 1.0, "patches": 1.0}
 
@@ -109,20 +113,10 @@ def test_training_takes_finite_steps_and_is_deterministic():
     assert not np.array_equal(leaf, start[name]), f"{name} was not trained"
 
 
-def test_store_round_trip(tmp_path):
-  rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), abstract_params(TINY))
-  store.write(tmp_path / "w.safetensors", params, TINY, train.PREPROCESSING, "test")
-  read, spec, preprocessing, source = store.read(tmp_path / "w.safetensors")
-  assert (spec, preprocessing, source) == (TINY, train.PREPROCESSING, "test")
-  assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
-  for name, leaf in tree.flatten(params).items():
-    np.testing.assert_allclose(tree.flatten(read)[name], leaf, rtol=1e-3, atol=1e-6)
-
-
 def test_bundled_weights_are_small_and_fit_their_spec():
-  assert store.BUNDLED.stat().st_size <= 8 * 2 ** 20
-  params, spec, preprocessing, _ = store.read(store.BUNDLED)
+  assert BUNDLED.stat().st_size <= 8 * 2 ** 20
+  weights = load_weights("vit_formula64")
+  params, spec, preprocessing = weights.params, weights.spec, weights.preprocessing
   assert spec == train.SPEC and preprocessing.image_size == spec.image_size
   expected = {name: leaf.shape for name, leaf in tree.flatten(abstract_params(spec)).items()}
   assert {name: leaf.shape for name, leaf in tree.flatten(params).items()} == expected
@@ -130,7 +124,8 @@ def test_bundled_weights_are_small_and_fit_their_spec():
 
 
 def test_bundled_weights_beat_untrained_ones_on_digits():
-  params, spec, preprocessing, _ = store.read(store.BUNDLED)
+  weights = load_weights("vit_formula64")
+  params, spec, preprocessing = weights.params, weights.spec, weights.preprocessing
   images, labels = probe.digits(preprocessing.image_size)["train"]
   extract = probe.extractor(spec)
   def accuracy(params):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors
@@ -23,6 +24,7 @@ from transferlab.method import Method
 
 FORMAT = 1
 SPECS = {"vit": ViTSpec}
+MAX_DEPTH = 256  # of a backbone that a file's header describes
 
 
 def versions() -> dict:
@@ -111,12 +113,9 @@ def load_adapter(path) -> Adapter:
   try:
     spec = config.fill(SPECS[header["backbone"]["spec"]["family"]], header["backbone"]["spec"], "spec")
     preprocessing = Preprocessing.from_dict(header["preprocessing"])
-    method = methods.build(header["method"], spec, **header["options"])
-    while method.then:  # what was saved is the last stage
-      method = method.then({"classifier": None}, {})
-    init = lambda rng, frozen: method.init(rng, frozen, len(header["class_names"]))
-    trainable, state = jax.eval_shape(init, jax.random.key(0), backbones.abstract_params(spec))
-  except (TypeError, ValueError, ArithmeticError) as error:
+    method, (trainable, state) = _last_stage(methods.build(header["method"], spec, **header["options"]), spec,
+                                             len(header["class_names"]))
+  except (TypeError, ValueError, ArithmeticError, KeyError) as error:
     raise ValueError(f"{path} describes a method that cannot be built: {error}; the file is damaged or of another "
                      "version, train again") from None
   if problem := _problem(arrays, tree.flatten({"trainable": trainable, "state": state})):
@@ -125,6 +124,17 @@ def load_adapter(path) -> Adapter:
   found = tree.unflatten(arrays)
   return Adapter(method, found.get("trainable", {}), found.get("state", {}), tuple(header["class_names"]),
                  preprocessing, header["backbone"], header)
+
+
+def _last_stage(method: Method, spec, num_classes: int):
+  """(method, shapes of its trainable and state) of a method's last stage, which is the one that is saved."""
+  while True:
+    init = lambda rng, frozen, stage=method: stage.init(rng, frozen, num_classes)
+    shapes = jax.eval_shape(init, jax.random.key(0), backbones.abstract_params(spec))
+    if method.then is None:
+      return method, shapes
+    # A stage's init may take values from the stage before: zeros of the right shapes stand in for them.
+    method = method.then(*jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
 
 
 def _problem(arrays: dict, expected: dict) -> str:
@@ -147,7 +157,8 @@ def _parse_header(path, text) -> dict:
                      "adapter.safetensors that training writes. Backbone weights go to --backbone")
   bad = [name for name, kind in fields.items() if not isinstance(header.get(name), kind)]
   if not bad:
-    bad = [f"backbone {name}" for name in ("name", "hash") if not isinstance(header["backbone"].get(name), str)]
+    strings = ("name", "hash", "source")
+    bad = [f"backbone {name}" for name in strings if not isinstance(header["backbone"].get(name), str)]
     names = header["class_names"]
     if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
       bad.append("class_names")
@@ -155,8 +166,17 @@ def _parse_header(path, text) -> dict:
     what = f"format {header['format']}, newer than {FORMAT}" if not bad else f"no valid {', '.join(bad)} in its header"
     raise ValueError(f"{path} has {what}; install the version of transferlab that wrote it")
   spec = header["backbone"].get("spec")
-  if not isinstance(spec, dict) or spec.get("family") not in SPECS:
+  if not isinstance(spec, dict) or spec.get("family") not in list(SPECS):
     raise ValueError(f"{path} belongs to an unknown family of backbones; known: {', '.join(SPECS)}")
+  if not isinstance(spec.get("depth"), int) or not 1 <= spec["depth"] <= MAX_DEPTH:
+    raise ValueError(f"{path} says its backbone has {spec.get('depth')!r} blocks; expected 1 to {MAX_DEPTH}")
+  if header["preprocessing"].get("image_size") != spec.get("image_size"):
+    raise ValueError(f"{path} prepares images of {header['preprocessing'].get('image_size')!r} px for a backbone of "
+                     f"{spec.get('image_size')!r} px; the file is damaged, train again")
+  if header["method"] not in methods.METHODS:
+    raise ValueError(f"{path}: method {header['method']!r} is unknown; nearest: "
+                     f"{tree.nearest(header['method'], methods.METHODS)[0]}; register one of your own with "
+                     "transferlab.methods.METHODS[name] = function before loading")
   return header
 
 

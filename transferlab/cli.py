@@ -8,6 +8,7 @@ from pathlib import Path
 
 from absl import flags
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 USAGE = """usage: transferlab VERB [--flag=value …]      (transferlab VERB --help lists a verb's flags)
@@ -86,7 +87,8 @@ def evaluate(argv: list[str]) -> None:
                   split=("test", "train, val, test, or all of them"),
                   classes=("", "JSON list of the head's class names"),
                   preprocessing=("", "changes to the weights' own, e.g. crop=squash,std=1/1/1; heads only"),
-                  out=("", "folder for confusion.csv and confusion.png"), batch_size=(64, "images at once"),
+                  out=("", "folder for confusion.csv and confusion.png; the adapter's own by default"),
+                  batch_size=(64, "images at once"),
                   bad_images=("error", "error, or skip to leave out images that cannot be read"),
                   json=(False, "print one JSON object"))
   _parse(values, argv, "eval")
@@ -104,12 +106,14 @@ def evaluate(argv: list[str]) -> None:
   else:
     table = Table("class", "images", "accuracy")
     for i, (name, value) in enumerate(each.items()):
-      table.add_row(name, str(int(found.confusion[i].sum())), f"{value:.4f}")
+      table.add_row(escape(name), str(int(found.confusion[i].sum())), f"{value:.4f}")
     Console().print(table)
     print(f"accuracy {found.accuracy:.4f}   mean per class {found.mean_per_class:.4f}   loss {found.loss:.4f}   "
           f"images {int(found.confusion.sum())}")
-  if values.out:
-    print(*write_confusion(found, classifier.class_names, values.out), sep="\n")
+  out = values.out or (values.adapter and Path(values.adapter).parent)
+  if out:
+    written = write_confusion(found, classifier.class_names, out)
+    print(*written, sep="\n", file=sys.stderr if values.json else sys.stdout)
 
 
 def _class_names(path: str):
@@ -206,7 +210,7 @@ def merge(argv: list[str]) -> None:
   _required(values, "adapter", "out")
   from transferlab import serve
   difference = serve.merge(serve.load(values.adapter, values.backbone), values.out, tolerance=values.tolerance)
-  print(f"{values.out}: largest difference of logits {difference:.2e}")
+  print(f"{values.out}: largest difference of logits {difference:.2e}; class names in {serve.classes_file(values.out)}")
 
 
 def data_verb(argv: list[str]) -> None:
@@ -242,7 +246,11 @@ def main(argv: list[str] | None = None) -> None:
   except (ValueError, OSError, RuntimeError, flags.Error) as error:
     if os.environ.get("TRANSFERLAB_TRACEBACK"):
       raise
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    hint = ""
+    if isinstance(error, flags.UnrecognizedFlagError):
+      hint = f"; transferlab {verb} --help lists the flags"
+      hint += ", configuration keys are --config.NAME" * (verb == "train")
+    print("error: " + " ".join(str(error).split()) + hint, file=sys.stderr)
     raise SystemExit(1) from None
   except KeyboardInterrupt:
     print("stopped" + "; the same command resumes from the last checkpoint" * (verb == "train"), file=sys.stderr)

@@ -1,4 +1,6 @@
 """What a step costs, by XLA's own analysis of the compiled program; nothing is executed and no weights are needed."""
+import contextlib
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,9 +54,13 @@ def available_bytes() -> int:
   stats = jax.devices()[0].memory_stats() or {}
   if "bytes_limit" in stats:
     return int(0.95 * stats["bytes_limit"])
-  with open("/proc/meminfo") as file:
-    kilobytes = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-  return int(0.8 * kilobytes * 1024)
+  limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+  with contextlib.suppress(OSError, StopIteration):
+    with open("/proc/meminfo") as file:
+      limits.append(1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")))
+  with contextlib.suppress(OSError, ValueError):  # a container's own limit; "max" if it has none
+    limits.append(int(open("/sys/fs/cgroup/memory.max").read()))
+  return int(0.8 * min(limits))
 
 
 def largest_that_fits(compiled: Callable[[int], Any], rows: int, device_count: int = 1, limit: int | None = None):

@@ -11,7 +11,7 @@ from transferlab import backbones, data, devices, metrics
 from transferlab.files import atomic
 from transferlab.backbones.spec import Preprocessing
 from transferlab.method import Method, predict
-from transferlab.progress import Progress
+from transferlab.progress import Progress, say
 from transferlab.step import to_inputs
 
 
@@ -85,6 +85,7 @@ def write_confusion(evaluation: Evaluation, class_names, folder) -> list[Path]:
   try:
     from matplotlib.figure import Figure
   except ImportError:
+    say("no picture: it needs matplotlib, pip install 'transferlab[plot]'")
     return [table]
   share = evaluation.confusion / np.maximum(evaluation.confusion.sum(axis=1, keepdims=True), 1)
   side = min(max(4, 0.28 * len(class_names) + 2), 24)
@@ -93,8 +94,9 @@ def write_confusion(evaluation: Evaluation, class_names, folder) -> list[Path]:
   image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis")
   axes.set(xlabel="predicted", ylabel="true", title=f"accuracy {evaluation.accuracy:.1%}")
   if len(class_names) <= 60:
-    axes.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize=8)
-    axes.set_yticks(range(len(class_names)), class_names, fontsize=8)
+    plain = {"fontsize": 8, "parse_math": False}  # "$" is part of a name
+    axes.set_xticks(range(len(class_names)), class_names, rotation=90, **plain)
+    axes.set_yticks(range(len(class_names)), class_names, **plain)
   figure.colorbar(image, ax=axes, shrink=0.7, label="share of the true class")
   with atomic(picture) as temporary:
     figure.savefig(temporary, format="png", dpi=120)

@@ -49,6 +49,8 @@ class Optim:
       raise ValueError(f"optimiser {self.name!r} is unknown; expected one of {', '.join(OPTIMISERS)}")
     if self.schedule not in SCHEDULES:
       raise ValueError(f"schedule {self.schedule!r} is unknown; expected one of {', '.join(SCHEDULES)}")
+    if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 <= self.momentum < 1):
+      raise ValueError(f"b1 {self.b1}, b2 {self.b2} and momentum {self.momentum} must be at least 0 and below 1")
     if not self.lr > 0:
       raise ValueError(f"lr is {self.lr}; expected a number above 0")
     for name in ("weight_decay", "clip", "momentum", "b1", "b2", "eps"):

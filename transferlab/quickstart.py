@@ -36,7 +36,8 @@ def run(folder="runs/quickstart", backbone: str = "vit_formula64", task: data.Ta
   folder, weights, task = Path(folder), load_weights(backbone), task or data.digits()
   rows = []
   for method, recipe in (recipes or RECIPES).items():
-    shutil.rmtree(folder / method, ignore_errors=True)  # always a fresh run, so that the seconds mean something
+    if (folder / method / "config.json").exists():  # always a fresh run, so that the seconds mean something
+      shutil.rmtree(folder / method)
     say(f"\n{method}")
     rows.append(fit(weights, method, task, recipe, workdir=folder / method).result)
   table = Table("method", "test accuracy", "trainable", "without classifier", "peak MiB of a step", "seconds",
@@ -45,17 +46,16 @@ def run(folder="runs/quickstart", backbone: str = "vit_formula64", task: data.Ta
     table.add_row(row["method"], f"{row['test']['accuracy']:.3f}", f"{row['trainable']:,}",
                   f"{row['trainable_without_classifier']:,}", f"{row['train_peak_bytes'] / 2**20:.0f}",
                   f"{row['seconds']:.0f}")
-  console = Console()
-  console.print(table)
+  Console().print(table)
 
   adapter = folder / rows[-2]["method"] / "adapter.safetensors"
   classifier, test = serve.load(adapter, weights), task.splits["test"]
   images = [0, len(test) // 2, len(test) - 1]
   probabilities = classifier([test.read(i) for i in images])  # [3, C]
-  console.print(f"\nthree test images by {adapter}:")
+  print(f"\nthree test images by {adapter}:")
   for i, row in zip(images, probabilities):
     truth, guess = task.class_names[test.labels[i]], task.class_names[int(np.argmax(row))]
-    console.print(f"  image {i}: it is {truth}, predicted {guess} with probability {row.max():.2f}")
+    print(f"  image {i}: it is {truth}, predicted {guess} with probability {row.max():.2f}")
   return rows
 
 

@@ -1,5 +1,7 @@
 """A trained classifier in use: an adapter on its backbone, or the head that a weights file carries."""
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,6 +14,7 @@ from transferlab.backbones.spec import Preprocessing
 from transferlab.backbones.weights import Weights, export_timm, load_weights
 from transferlab.checkpoint import check_backbone, load_adapter
 from transferlab.evaluate import Evaluation, evaluate as count, make_predict
+from transferlab.files import write_json
 from transferlab.method import Method
 from transferlab.methods import classifier as head_lib
 from transferlab.progress import Progress, say
@@ -28,15 +31,24 @@ class Classifier(NamedTuple):
   logits: Callable  # preprocessed images [B, S, S, 3] on 0 … 255 -> logits [B, C]
 
   def __call__(self, images: Iterable, batch_size: int = 32) -> np.ndarray:
-    """Images of any size, uint8 [H, W, 3] or paths, to probabilities float32 [N, C]."""
-    pixels = [data.preprocess(image if isinstance(image, np.ndarray) else data.decode(image), self.preprocessing)
-              for image in images]
+    """Images of any size, uint8 [H, W, 3] or paths, to probabilities float32 [N, C]; computes in float32."""
+    images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     found = [np.zeros((0, len(self.class_names)), np.float32)]
-    for i in range(0, len(pixels), batch_size):
-      batch = np.stack(pixels[i:i + batch_size])                                                    # [b, S, S, 3]
+    for i in range(0, len(images), batch_size):
+      batch = np.stack([data.preprocess(_pixels(image), self.preprocessing)
+                        for image in images[i:i + batch_size]])                                     # [b, S, S, 3]
       padded = np.concatenate([batch, np.zeros((batch_size - len(batch), *batch.shape[1:]), batch.dtype)])
       found.append(np.asarray(jax.nn.softmax(self.logits(padded), axis=-1))[:len(batch)])
     return np.concatenate(found)
+
+
+def _pixels(image) -> np.ndarray:
+  """A file or an array as uint8 RGB [H, W, 3]."""
+  if not isinstance(image, np.ndarray):
+    return data.decode(image)
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    raise ValueError(f"an image is {image.dtype} {list(image.shape)}; expected uint8 RGB [H, W, 3], or a file's path")
+  return image
 
 
 def load(adapter=None, weights=None, *, class_names=None, preprocessing: str = "") -> Classifier:
@@ -101,6 +113,11 @@ def _make(class_names, preprocessing, method, trainable, state, weights) -> Clas
 def evaluate(classifier: Classifier, task: data.Task, split: str = "test", *, batch_size: int = 64,
              bad_images: str = "error", quiet: bool = False) -> Evaluation:
   """Counts a classifier's predictions on a split of a task, or on "all" of it; classes are matched by name."""
+  unnamed = classifier.class_names == tuple(map(str, range(len(classifier.class_names))))
+  if unnamed and not set(task.class_names) <= set(classifier.class_names):
+    raise ValueError(f"this head's {len(classifier.class_names)} classes have no names and the data's are "
+                     f"{', '.join(task.class_names[:3])}, …; give their names in the head's order with --classes, a "
+                     "JSON list")
   task = task.relabel(classifier.class_names)
   names = list(task.splits) if split == "all" else [split]
   task.check(names)
@@ -153,7 +170,7 @@ def merge(classifier: Classifier, out, *, tolerance: float = 1e-3) -> float:
   method, weights = classifier.method, classifier.weights
   if method.merge is None:
     mergeable = [name for name in methods.METHODS if methods.build(name, weights.spec).merge]
-    raise ValueError(f"{method.name} computes beside the backbone and has no equal plain weights; deploy the adapter "
+    raise ValueError(f"{method.name} with options {method.options} has no equal plain weights; deploy the adapter "
                      f"file. Methods that merge: {', '.join(mergeable)}")
   params = jax.tree.map(np.asarray, method.merge(classifier.trainable, jax.device_put(weights.params)))
   head = jax.tree.map(np.asarray, classifier.trainable["classifier"])
@@ -166,4 +183,11 @@ def merge(classifier: Classifier, out, *, tolerance: float = 1e-3) -> float:
     raise ValueError(f"merged and adapted logits differ by {difference:.2e}, more than the tolerance {tolerance:g}; "
                      "nothing was written")
   export_timm(weights, out)
+  write_json(classes_file(out), list(classifier.class_names))
   return difference
+
+
+def classes_file(out) -> Path:
+  """Where `merge` puts the class names of the weights it writes: "merged.safetensors" -> "merged.classes.json"."""
+  out = Path(out)
+  return out.with_suffix(".classes.json") if out.suffix else out / "classes.json"

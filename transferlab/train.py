@@ -7,11 +7,9 @@
     workdir/result.json             one ledger row
     workdir/tensorboard/            the scalars again, where tensorboardX is installed (the [log] extra)
 """
-import contextlib
 import dataclasses
 import hashlib
 import json
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +18,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from transferlab import backbones, config, cost, data, devices, methods, tree
+from transferlab import backbones, config, cost, data, devices, methods
 from transferlab.backbones.weights import Weights
 from transferlab.checkpoint import Checkpoints, load_adapter, save_adapter, versions
 from transferlab.data.augment import preset
 from transferlab.evaluate import evaluate, make_predict
-from transferlab.files import atomic, write_json
 from transferlab.method import Method, sizes, stages
 from transferlab.optim import Optim, make_optimiser, schedule
 from transferlab.progress import Progress, say
 from transferlab.step import compile_step, make_step, start
+from transferlab.workdir import Workdir
 
 
 @dataclass(frozen=True)
@@ -125,6 +123,10 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   """
   began = time.monotonic()
   tell = (lambda message: None) if quiet else say
+  for name, value, kind, maker in (("weights", weights, Weights, "load_weights(...)"),
+                                   ("task", task, data.Task, "image_folder(...)")):
+    if not isinstance(value, kind):
+      raise ValueError(f"{name} is {value!r}; expected what {maker} returns")
   first = methods.build(method, weights.spec, **(options or {})) if isinstance(method, str) else method
   for message in task.check() or ():
     tell(message)
@@ -134,10 +136,11 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   asked = {"backbone": weights.name, "backbone_hash": weights.hash, "image_size": weights.spec.image_size,
            "preprocessing": weights.preprocessing.to_dict(),
            "method": method if isinstance(method, str) else first.name, "options": first.options,
-           "task": task.name, "split_hash": task.split_hash(), "recipe": dataclasses.asdict(recipe)}
+           "task": task.name, "split_hash": task.split_hash(),
+           "pixels": task.splits["train"].fingerprint(), "recipe": dataclasses.asdict(recipe)}
   asked = json.loads(json.dumps(asked))  # tuples become lists, as they will be when read back
   folder = None if workdir is None else Workdir(workdir, asked)
-  if folder and isinstance(method, str) and (finished := folder.finished()):
+  if folder and isinstance(method, str) and (finished := finished_run(folder)):
     tell(f"finished run: {folder.path}")
     return finished
   tell(f"{asked['method']} on {weights.name}: {weights.preprocessing.describe()}")
@@ -169,6 +172,15 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   return Fit(final, trainable, state, result, adapter)
 
 
+def finished_run(folder: Workdir) -> Fit | None:
+  """The run that stands in a folder, if it came to its end."""
+  result, path = folder.result(), folder.path / "adapter.safetensors"
+  if result is None or not path.exists():
+    return None
+  adapter = load_adapter(path)
+  return Fit(adapter.method, adapter.trainable, adapter.state, result, path)
+
+
 def ledger_row(asked: dict, weights: Weights, task: data.Task, method: Method, last: "Stage", test) -> dict:
   """Everything a comparison of runs needs: what was asked for, scores, sizes, costs, and hashes of what went in."""
   count = sizes(method, weights.params, len(task.class_names))
@@ -179,7 +191,6 @@ def ledger_row(asked: dict, weights: Weights, task: data.Task, method: Method, l
       "trainable": count.trainable, "trainable_without_classifier": count.trainable_without_classifier,
       "train_peak_bytes": last.cost.train_peak_bytes, "train_flops": last.cost.train_flops,
       "examples": {name: len(split) for name, split in task.splits.items()},
-      "pixels": task.splits["train"].fingerprint(),
       "config_hash": hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16],
       "dtype": jnp.dtype(last.dtype).name, "device": jax.devices()[0].device_kind, "devices": last.mesh.size,
       "versions": versions()}
@@ -194,13 +205,14 @@ def scores(evaluation) -> dict:
 def readable(task: data.Task, bad_images: str, tell, quiet: bool) -> data.Task:
   """The task without images that cannot be read; each is named. With bad_images="error" the first such split stops.
 
+  This is the one time that the files of a small task are decoded: its splits read from memory afterwards.
   All splits are decoded, test included: whether files decode is no result, and it has to be known before training.
   """
   splits, skipped = {}, 0
   for name, split in task.splits.items():
     with Progress(len(split), f"checking {name}", quiet=quiet) as progress:
       seen = lambda done, total, progress=progress: progress.update(done - progress.done)
-      splits[name], problems = data.check_images(split, bad_images, seen)
+      splits[name], problems = data.read_once(split, bad_images, seen)
     for problem in problems:
       tell(f"skipped: {problem}")
     skipped += len(problems)
@@ -214,85 +226,6 @@ def augmentation(recipe: Recipe) -> data.Augmentation:
   """The recipe's preset, with its label smoothing unless the recipe sets one."""
   chosen = preset(recipe.augmentation)
   return dataclasses.replace(chosen, label_smoothing=recipe.label_smoothing or chosen.label_smoothing)
-
-
-class Workdir:
-  """A run's folder. It belongs to one configuration; another one is refused with the differences.
-
-  Nothing is written before `begin`, so that a request which is refused leaves nothing behind to undo.
-  """
-
-  def __init__(self, path, asked: dict):
-    self.path, self.asked, self.board = Path(path), asked, None
-    whole = self.path.absolute()
-    existing = next(folder for folder in (whole, *whole.parents) if folder.exists())
-    try:
-      with tempfile.TemporaryFile(dir=existing):  # says now, not after training, that nothing can be written
-        pass
-      known = self.path / "config.json"
-      found = json.loads(known.read_text()) if known.exists() else asked
-    except OSError as error:
-      raise ValueError(f"cannot write to workdir {path} ({error.strerror}); choose a folder you may write to") from None
-    except ValueError:
-      found = None
-    if not isinstance(found, dict):
-      raise ValueError(f"workdir {path} has a config.json that no run wrote; give another --workdir")
-    if different := config.changes(found, asked):
-      raise ValueError(f"workdir {path} holds a run with another configuration ({'; '.join(different[:4])}); give "
-                       "another --workdir, or delete it to start over")
-
-  def begin(self) -> None:
-    """Takes the folder, once everything is known to fit."""
-    self.path.mkdir(parents=True, exist_ok=True)
-    write_json(self.path / "config.json", self.asked)
-    for name in ("config.json", "metrics.jsonl", "adapter.safetensors", "result.json"):
-      for left_over in self.path.glob(f".{name}.*"):  # of a write that was killed
-        left_over.unlink()
-    with contextlib.suppress(ImportError):
-      from tensorboardX import SummaryWriter
-      self.board = self.board or SummaryWriter(str(self.path / "tensorboard"), flush_secs=10)
-
-  def result(self) -> dict | None:
-    path = self.path / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-  def finish(self, result: dict) -> dict:
-    """Writes the ledger row once; a finished run's row stays as it is."""
-    known = self.result()
-    if known is None:
-      write_json(self.path / "result.json", result)
-    if self.board:
-      self.board.close()
-    return known or result
-
-  def finished(self) -> Fit | None:
-    """The run that stands here, if it came to its end."""
-    result, path = self.result(), self.path / "adapter.safetensors"
-    if result is None or not path.exists():
-      return None
-    adapter = load_adapter(path)
-    return Fit(adapter.method, adapter.trainable, adapter.state, result, path)
-
-  def log(self, row: dict) -> None:
-    with open(self.path / "metrics.jsonl", "a") as file:
-      file.write(json.dumps(row) + "\n")
-    for name, value in tree.flatten(row).items() if self.board else ():
-      if name not in ("stage", "step"):
-        self.board.add_scalar(f"stage_{row['stage']}/{name}", value, row["step"])
-
-  def truncate(self, stage: int, step: int) -> None:
-    """Drops a stage's lines of metrics.jsonl that come after its checkpoint, and a last line that was cut."""
-    path = self.path / "metrics.jsonl"
-    if not path.exists():
-      return
-    kept = []
-    for line in path.read_text().splitlines():
-      with contextlib.suppress(ValueError):
-        row = json.loads(line)
-        if row["stage"] != stage or row["step"] <= step:
-          kept.append(line + "\n")
-    with atomic(path) as temporary:
-      Path(temporary).write_text("".join(kept))
 
 
 class Stage:

@@ -50,6 +50,10 @@ def match(patterns: Sequence[tuple[str, Any]], tree: Any, default: Any = None) -
   """
   names = list(flatten(tree))
   for pattern, _ in patterns:
+    try:
+      re.compile(pattern)
+    except (re.error, TypeError) as error:
+      raise ValueError(f"pattern {pattern!r} is not a regular expression ({error}); expected e.g. '.*/bias'") from None
     if not any(re.fullmatch(pattern, name) for name in names):
       raise ValueError(f"pattern {pattern!r} matches none of {len(names)} parameters; nearest: "
                        f"{', '.join(nearest(pattern, names))}")

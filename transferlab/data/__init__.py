@@ -9,7 +9,7 @@ Nothing in this package imports jax or TensorFlow. (grain, which the loaders imp
 where it is installed.)
 """
 from transferlab.data.augment import PRESETS, Augmentation
-from transferlab.data.cache import check_images
+from transferlab.data.cache import check_images, read_once
 from transferlab.data.files import decode
 from transferlab.data.image import normalise, preprocess
 from transferlab.data.lists import csv_file, list_files
@@ -21,4 +21,4 @@ from transferlab.data.tasks import BadImage, DataError, Split, Task, class_weigh
 __all__ = [
     "PRESETS", "Augmentation", "BadImage", "DataError", "EvalLoader", "Split", "Task", "TrainLoader", "arrays",
     "check_images", "class_weights", "csv_file", "decode", "digits", "domain_folder", "eval_loader", "find_images",
-    "from_string", "image_files", "image_folder", "list_files", "normalise", "preprocess", "train_loader"]
+    "from_string", "image_files", "image_folder", "list_files", "normalise", "preprocess", "read_once", "train_loader"]

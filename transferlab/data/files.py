@@ -14,6 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transferlab.data.tasks import BadImage
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# The content decides, whatever the suffix says. Pillow's other readers stay out: some start programs (Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 89_478_485  # Pillow's own bound for a "decompression bomb": 256 MiB of RGB
 
 
@@ -25,7 +27,7 @@ def decode(path: str | os.PathLike) -> np.ndarray:
       a picture (32-bit integers beyond 16 bit, floats).
   """
   try:
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
       if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"{path}: {image.width}x{image.height} pixels; expected at most {MAX_PIXELS}; shrink the image")
       image.load()

@@ -16,6 +16,12 @@ def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
   """
   size = preprocessing.image_size
   height, width = image.shape[:2]
+  if preprocessing.crop == "center" and max(height, width) > 16 * min(height, width):
+    # Only the centre of such a strip is looked at; resized whole it could take any amount of memory.
+    keep = 16 * min(height, width)
+    top, left = max(0, height - keep) // 2, max(0, width - keep) // 2
+    image = image[top:top + keep, left:left + keep]
+    height, width = image.shape[:2]
   short = int(size / preprocessing.crop_fraction)
   scaled = max(short, short * height // min(height, width)), max(short, short * width // min(height, width))
   if preprocessing.crop == "squash":

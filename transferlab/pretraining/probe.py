@@ -24,8 +24,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from transferlab.backbones import build
+from transferlab.backbones.weights import load_weights
 from transferlab.pretraining import initial
-from transferlab.pretraining import store
 
 SETS = ("dtd10", "flowers12", "cifar10_jpeg")
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse of the L2 penalty
@@ -108,7 +108,8 @@ def table(weights: dict, spec, data: dict, opened: bool = True):
 
 
 def main(_):
-  params, spec, preprocessing, source = store.read(_WEIGHTS.value or store.BUNDLED)
+  weights = load_weights(_WEIGHTS.value or "vit_formula64")
+  spec, preprocessing = weights.spec, weights.preprocessing
   key = jax.random.key(_SEED.value)
   data = {"digits": digits(preprocessing.image_size)}
   root = pathlib.Path(_DATA.value) if _DATA.value else None
@@ -117,11 +118,11 @@ def main(_):
       data[name] = folder(root / name, preprocessing.image_size)
     else:
       print(f"{root / name} is not there: left out")
-  print(f"{source}\n\n| set | network | " + " | ".join(f"{kind} (cv)" for kind in FEATURES) + " |")
+  print(f"{weights.source}\n\n| set | network | " + " | ".join(f"{kind} (cv)" for kind in FEATURES) + " |")
   print("|---|---|" + "---|" * len(FEATURES))
   cells = []
-  weights = {"untrained": build(spec).init(key), "start": initial.structured(key, spec), "trained": params}
-  for name, network, kind, inside, outside in table(weights, spec, data, not _CLOSED.value):
+  networks = {"untrained": build(spec).init(key), "start": initial.structured(key, spec), "trained": weights.params}
+  for name, network, kind, inside, outside in table(networks, spec, data, not _CLOSED.value):
     cells.append(f"({100 * inside:.1f})" if outside is None else f"{100 * outside:.1f} ({100 * inside:.1f})")
     if kind == FEATURES[-1]:
       print(f"| {name} | {network} | " + " | ".join(cells) + " |", flush=True)

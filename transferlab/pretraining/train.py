@@ -21,13 +21,13 @@ import optax
 from transferlab.backbones import build
 from transferlab.backbones.spec import Preprocessing
 from transferlab.backbones.spec import ViTSpec
+from transferlab.backbones.weights import save_weights
 from transferlab.pretraining import augment
 from transferlab.pretraining import descriptors
 from transferlab.pretraining import fields
 from transferlab.pretraining import generate
 from transferlab.pretraining import initial
 from transferlab.pretraining import shapes
-from transferlab.pretraining import store
 
 SPEC = ViTSpec("vit_formula64", image_size=64, patch_size=8, width=192, depth=6, heads=3, mlp_width=768)
 PREPROCESSING = Preprocessing(64)
@@ -186,7 +186,8 @@ def main(_):
   arrays = pool(_SEED.value, _IMAGES.value, _CACHE.value)
   source = (f"transferlab.pretraining.train: {_STEPS.value} steps of {_BATCH.value}, {_IMAGES.value} "
             f"generated images, seed {_SEED.value}, loss weights {weights}")
-  save = lambda params: store.write(_OUT.value, jax.device_get(params), SPEC, PREPROCESSING, source)
+  save = lambda params: save_weights(
+      jax.device_get(params), _OUT.value, SPEC, preprocessing=PREPROCESSING, source=source, dtype=np.float16)
   save(train(arrays, steps=_STEPS.value, batch=_BATCH.value, keep=_KEEP.value, whole=_WHOLE.value, rate=_RATE.value,
              decay=_DECAY.value, weights=weights, seed=_SEED.value, structured=_STRUCTURED.value, save=save))
   print(f"weights in {_OUT.value}")

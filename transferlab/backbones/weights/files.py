@@ -7,7 +7,6 @@ Every way in which a file can be bad ends in one line of `WeightsError`: what wa
 import contextlib
 import json
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -16,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from transferlab.files import atomic
 
 MAX_BYTES = 32 << 30    # of one file's arrays: four times ViT-G/14 in float32
 MAX_EXPANSION = 64      # a compressed file may grow this much; weights compress by 1.1, a zero head by much more
@@ -172,16 +173,10 @@ def write_json(path, value: dict) -> Path:
 
 def _write(path, write: Callable[[Path], object]) -> Path:
   path = Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(temporary)
-    with open(temporary, "rb") as file:
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except (OSError, safetensors.SafetensorError) as error:
+    with atomic(path) as temporary:
+      write(Path(temporary))
+  except (OSError, ValueError, safetensors.SafetensorError) as error:
     raise WeightsError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
-  finally:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
   return path

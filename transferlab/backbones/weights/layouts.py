@@ -102,6 +102,8 @@ def _recognise(arrays, metadata, config, preprocessor) -> Layout:
 
 
 def _native(arrays, header: dict) -> Layout:
+  if "method" in header:
+    raise WeightsError("this is an adapter, not a backbone; give it with --adapter and its backbone with --backbone")
   facts = ViTSpec(**header["spec"]).to_dict()
   preprocessing = Preprocessing.from_dict(header["preprocessing"])
   return Layout("native", arrays, names.native(), facts, lambda size: preprocessing,

@@ -89,8 +89,9 @@ def _from_zoo(name: str, download: bool) -> Origin:
     if download:
       raise
     raise WeightsError(
-        f"{name} is not on this machine. It is model.safetensors and config.json of https://huggingface.co/{where}: "
-        "pass download=True (needs pip install 'transferlab[hub]'), or fetch both into a folder and give the folder"
+        f"{name} is not on this machine. It is model.safetensors and config.json of huggingface.co/{where}: "
+        f"write hf:{where}, or pass download=True (--config.download=True); both need pip install 'transferlab[hub]'. "
+        "Or fetch the two into a folder and give the folder"
     ) from error
   return _from_folder(folder, name, entry.source)._replace(entry=entry)
 

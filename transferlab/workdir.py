@@ -1,0 +1,79 @@
+"""A run's folder on disk: whose it is, its log, its result. What lies there is listed in `train.py`."""
+import contextlib
+import json
+import tempfile
+from pathlib import Path
+
+from transferlab import config, tree
+from transferlab.files import atomic, write_json
+
+
+class Workdir:
+  """A run's folder. It belongs to one configuration; another one is refused with the differences.
+
+  Nothing is written before `begin`, so that a request which is refused leaves nothing behind to undo.
+  """
+
+  def __init__(self, path, asked: dict):
+    self.path, self.asked, self.board = Path(path), asked, None
+    whole = self.path.absolute()
+    existing = next(folder for folder in (whole, *whole.parents) if folder.exists())
+    try:
+      with tempfile.TemporaryFile(dir=existing):  # says now, not after training, that nothing can be written
+        pass
+      known = self.path / "config.json"
+      found = json.loads(known.read_text()) if known.exists() else asked
+    except OSError as error:
+      raise ValueError(f"cannot write to workdir {path} ({error.strerror}); choose a folder you may write to") from None
+    except ValueError:
+      found = None
+    if not isinstance(found, dict):
+      raise ValueError(f"workdir {path} has a config.json that no run wrote; give another --workdir")
+    if different := config.changes(found, asked):
+      raise ValueError(f"workdir {path} holds a run with another configuration ({'; '.join(different[:4])}); give "
+                       "another --workdir, or delete it to start over")
+
+  def begin(self) -> None:
+    """Takes the folder, once everything is known to fit."""
+    self.path.mkdir(parents=True, exist_ok=True)
+    write_json(self.path / "config.json", self.asked)
+    for name in ("config.json", "metrics.jsonl", "adapter.safetensors", "result.json"):
+      for left_over in self.path.glob(f".{name}.*"):  # of a write that was killed
+        left_over.unlink()
+    with contextlib.suppress(ImportError):
+      from tensorboardX import SummaryWriter
+      self.board = self.board or SummaryWriter(str(self.path / "tensorboard"), flush_secs=10)
+
+  def result(self) -> dict | None:
+    path = self.path / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+  def finish(self, result: dict) -> dict:
+    """Writes the ledger row once; a finished run's row stays as it is."""
+    known = self.result()
+    if known is None:
+      write_json(self.path / "result.json", result)
+    if self.board:
+      self.board.close()
+    return known or result
+
+  def log(self, row: dict) -> None:
+    with open(self.path / "metrics.jsonl", "a") as file:
+      file.write(json.dumps(row) + "\n")
+    for name, value in tree.flatten(row).items() if self.board else ():
+      if name not in ("stage", "step"):
+        self.board.add_scalar(f"stage_{row['stage']}/{name}", value, row["step"])
+
+  def truncate(self, stage: int, step: int) -> None:
+    """Drops a stage's lines of metrics.jsonl that come after its checkpoint, and a last line that was cut."""
+    path = self.path / "metrics.jsonl"
+    if not path.exists():
+      return
+    kept = []
+    for line in path.read_text().splitlines():
+      with contextlib.suppress(ValueError):
+        row = json.loads(line)
+        if row["stage"] != stage or row["step"] <= step:
+          kept.append(line + "\n")
+    with atomic(path) as temporary:
+      Path(temporary).write_text("".join(kept))
