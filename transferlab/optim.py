@@ -1,5 +1,6 @@
 """Optimisers and learning-rate schedules, all optax; this file only names and combines them."""
 import math
+import re
 from dataclasses import dataclass
 
 import jax
@@ -11,6 +12,7 @@ from transferlab import tree
 from transferlab.config import resolve_steps
 
 OPTIMISERS = ("sgd", "adam", "adamw")
+NO_DECAY = ((r"(.*/)?(bias|scale|cls|pos|patch_bias)", 0.0),)  # the default: biases, norms and tables of tokens
 SCHEDULES = ("constant", "cosine", "dtl", "noah", "vpt")
 
 
@@ -36,7 +38,7 @@ class Optim:
   schedule: str = "cosine"
   warmup: str = "0 steps"
   weight_decay: float = 0.05
-  decay: tuple = ((r"(.*/)?(bias|scale|cls|pos|patch_bias)", 0.0),)
+  decay: tuple = NO_DECAY
   lr_factors: tuple = ()
   clip: float = 0.0
   momentum: float = 0.9
@@ -108,7 +110,10 @@ def schedule(optim: Optim, total_steps: int, steps_per_epoch: int, batch_size: i
 
 def make_optimiser(optim: Optim, rate, trainable) -> optax.GradientTransformation:
   """The optax transformation of an `Optim`; `rate` is a schedule, `trainable` gives the names that patterns address."""
-  decay = jax.tree.map(lambda factor: factor * optim.weight_decay, tree.match(optim.decay, trainable, 1.0))
+  # A default that finds nothing to spare is no mistake of the user's, unlike a pattern that was asked for.
+  spare = [row for row in NO_DECAY if any(re.fullmatch(row[0], name) for name in tree.flatten(trainable))]
+  patterns = spare if optim.decay == NO_DECAY else optim.decay
+  decay = jax.tree.map(lambda factor: factor * optim.weight_decay, tree.match(patterns, trainable, 1.0))
   factors = tree.match(optim.lr_factors, trainable, 1.0)
   decayed = optax.stateless(lambda updates, params: jax.tree.map(lambda u, p, d: u + d * p, updates, params, decay))
   scaled = optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))

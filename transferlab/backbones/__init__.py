@@ -3,6 +3,7 @@
 B batch, T tokens, D width, H attention heads, L blocks, C classes, R rank, P prompts, N features, K parallel heads.
 """
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 from collections.abc import Callable
 
@@ -48,6 +49,7 @@ def image_shape(spec) -> tuple[int, int, int]:
   return spec.image_size, spec.image_size, 3
 
 
+@functools.lru_cache(maxsize=64)
 def abstract_params(spec):
   """Shapes and dtypes of a backbone's parameters, nothing computed."""
   return jax.eval_shape(build(spec).init, jax.random.key(0))
