@@ -5,8 +5,7 @@
     loader = train_loader(task.splits["train"], preprocessing, batch_size=32, seed=0, augmentation="flip")
     for batch in loader: ...                        # without end; loader.steps_per_epoch batches are an epoch
 
-Nothing in this package imports jax or TensorFlow. (grain, which the loaders import when they are made, brings jax along
-where it is installed.)
+No file of this package names jax or TensorFlow. (jax still comes along, with grain and with the package above.)
 """
 from transferlab.data.augment import PRESETS, Augmentation
 from transferlab.data.cache import check_images, read_once
