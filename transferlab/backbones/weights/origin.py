@@ -89,7 +89,7 @@ def _from_zoo(name: str, download: bool) -> Origin:
     if download:
       raise
     raise WeightsError(
-        f"{name} is not on this machine. It is model.safetensors and config.json of huggingface.co/{where}: "
+        f"{name} is not on this machine. It is model.safetensors and config.json of {where}: "
         f"write hf:{where}, or pass download=True (--config.download=True); both need pip install 'transferlab[hub]'. "
         "Or fetch the two into a folder and give the folder"
     ) from error
