@@ -276,12 +276,15 @@ def start_run(workdir: Path, moment: str):
 
 
 def moments(count: int, seed: int) -> list[str]:
-  """Points of a run in order, the random ones drawn from a seed that the test prints."""
+  """Points of a run in order, the random ones drawn from a seed that the test prints.
+
+  Seconds are few enough to fall before the end of a run on any machine, and a checkpoint's before the step that follows.
+  """
   draw = random.Random(seed)
-  some = [f"checkpoint:{draw.uniform(0, 0.08):.3f}", f"step:{draw.randrange(7, 29)}", "adapter"]
+  some = [f"checkpoint:{draw.uniform(0, 0.04):.3f}", f"step:{draw.randrange(14 if count <= 3 else 24, 29)}", "adapter"]
   more = ["replace:adapter.safetensors", "replace:result.json", "replace:config.json", "replace:metrics.jsonl"]
   while len(some) < count:
-    some.insert(0, draw.choice([f"checkpoint:{draw.uniform(0, 0.08):.3f}", f"seconds:{draw.uniform(0, 6):.2f}"]))
+    some.insert(0, draw.choice([f"checkpoint:{draw.uniform(0, 0.04):.3f}", f"seconds:{draw.uniform(0, 2):.2f}"]))
   return some[:count] + (more if count > 3 else [])
 
 
