@@ -281,7 +281,8 @@ def moments(count: int, seed: int) -> list[str]:
   Seconds are few enough to fall before the end of a run on any machine, and a checkpoint's before the step that follows.
   """
   draw = random.Random(seed)
-  some = [f"checkpoint:{draw.uniform(0, 0.04):.3f}", f"step:{draw.randrange(14 if count <= 3 else 24, 29)}", "adapter"]
+  step = draw.randrange(14 if count <= 3 else 24, 29)
+  some = [f"checkpoint:{draw.uniform(0, 0.04):.3f}", f"step:{step}", "adapter"]
   more = ["replace:adapter.safetensors", "replace:result.json", "replace:config.json", "replace:metrics.jsonl"]
   while len(some) < count:
     some.insert(0, draw.choice([f"checkpoint:{draw.uniform(0, 0.04):.3f}", f"seconds:{draw.uniform(0, 2):.2f}"]))
