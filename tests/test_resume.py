@@ -278,7 +278,7 @@ def start_run(workdir: Path, moment: str):
 def moments(count: int, seed: int) -> list[str]:
   """Points of a run in order, the random ones drawn from a seed that the test prints.
 
-  Seconds are few enough to fall before the end of a run on any machine, and a checkpoint's before the step that follows.
+  Seconds are few enough to fall before the end of a run on any machine, a checkpoint's before the step that follows.
   """
   draw = random.Random(seed)
   step = draw.randrange(14 if count <= 3 else 24, 29)
