@@ -21,7 +21,7 @@ LAYERS = [  # from the top to the bottom; modules of one layer do not import eac
     "experiment serve inform testing",
     "train",
     "evaluate checkpoint cost workdir",
-    "step",
+    "step recipe",
     "data optim devices progress metrics",
     "methods",
     "method",

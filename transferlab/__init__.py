@@ -10,7 +10,7 @@ import importlib
 
 # Loaded on first use, so that data workers and command-line help do not wait for jax.
 _HOMES = {
-    "Optim": "optim", "Recipe": "train", "fit": "train",
+    "Optim": "optim", "Recipe": "recipe", "fit": "train",
     "load_weights": "backbones.weights", "Weights": "backbones.weights",
     "Task": "data", "image_folder": "data", "arrays": "data", "digits": "data", "load_classifier": "serve",
     "Method": "method", "build_method": "methods", "record": "method", "build_backbone": "backbones"}

@@ -17,13 +17,12 @@ import safetensors
 import safetensors.numpy
 
 from transferlab import backbones, config, methods, tree
-from transferlab.backbones.spec import Preprocessing, ViTSpec
+from transferlab.backbones.spec import Preprocessing
 from transferlab.backbones.weights import Weights
 from transferlab.files import atomic
 from transferlab.method import Method
 
 FORMAT = 1
-SPECS = {"vit": ViTSpec}
 MAX_DEPTH = 256  # of a backbone that a file's header describes
 
 
@@ -111,7 +110,7 @@ def load_adapter(path) -> Adapter:
                      "again") from None
   header = _parse_header(path, text)
   try:
-    spec = config.fill(SPECS[header["backbone"]["spec"]["family"]], header["backbone"]["spec"], "spec")
+    spec = config.fill(backbones.FAMILIES[header["backbone"]["spec"]["family"]][0], header["backbone"]["spec"], "spec")
     preprocessing = Preprocessing.from_dict(header["preprocessing"])
     method, (trainable, state) = _last_stage(methods.build(header["method"], spec, **header["options"]), spec,
                                              len(header["class_names"]))
@@ -166,8 +165,8 @@ def _parse_header(path, text) -> dict:
     what = f"format {header['format']}, newer than {FORMAT}" if not bad else f"no valid {', '.join(bad)} in its header"
     raise ValueError(f"{path} has {what}; install the version of transferlab that wrote it")
   spec = header["backbone"].get("spec")
-  if not isinstance(spec, dict) or spec.get("family") not in list(SPECS):
-    raise ValueError(f"{path} belongs to an unknown family of backbones; known: {', '.join(SPECS)}")
+  if not isinstance(spec, dict) or spec.get("family") not in list(backbones.FAMILIES):
+    raise ValueError(f"{path} belongs to an unknown family of backbones; known: {', '.join(backbones.FAMILIES)}")
   if not isinstance(spec.get("depth"), int) or not 1 <= spec["depth"] <= MAX_DEPTH:
     raise ValueError(f"{path} says its backbone has {spec.get('depth')!r} blocks; expected 1 to {MAX_DEPTH}")
   if header["preprocessing"].get("image_size") != spec.get("image_size"):

@@ -1,5 +1,6 @@
 """The `transferlab` command: every verb is a thin call into the library."""
 import csv
+import errno
 import json
 import os
 import re
@@ -39,7 +40,7 @@ def _parse(values: flags.FlagValues, argv: list[str], verb: str, files: bool = F
   """Positional arguments, where the verb takes `files`; prints help and exits if asked."""
   rest = values(argv)[1:]
   if values.help:
-    print(f"transferlab {verb}\n")
+    print(f"transferlab {verb}: {VERBS[verb].__doc__}\n")
     for name in values:
       if name not in ("help", "h"):
         print(f"  --{name}  {values[name].help} (default: {values[name].default!r})")
@@ -59,6 +60,7 @@ _BACKBONE = (None, "zoo name, weights file or folder, or hf:owner/name")
 
 
 def train(argv: list[str]) -> None:
+  """Trains a method as a config file says."""
   values = _flags(workdir=("", "folder for what the run leaves"),
                   config=("", "config file, its arguments after a colon; --config.KEY=value changes any key"),
                   bad_images=("", "error, or skip images that cannot be read; same as --config.bad_images"),
@@ -82,6 +84,7 @@ def train(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
+  """Counts the predictions of an adapter, or of the head that weights carry."""
   values = _flags(adapter=("", "adapter.safetensors of a run; without it the head that the weights carry is evaluated"),
                   backbone=_BACKBONE, data=("", "what to evaluate on, e.g. folder:/images"),
                   split=("test", "train, val, test, or all of them"),
@@ -130,6 +133,7 @@ def _class_names(path: str):
 
 
 def predict(argv: list[str]) -> None:
+  """Writes file, class and probability of images as CSV."""
   values = _flags(adapter=("", "adapter.safetensors of a run"), backbone=_BACKBONE,
                   out=("", "CSV file; standard output if empty"), top=(1, "classes per image"),
                   batch_size=(32, "images at once"),
@@ -156,6 +160,7 @@ def predict(argv: list[str]) -> None:
 
 
 def info(argv: list[str]) -> None:
+  """Shows what methods cost on a backbone, or its sites, from shapes alone."""
   values = _flags(backbone=("vit_b16", "architecture, zoo name or weights file"),
                   method=("", "method; all of them if empty"),
                   options=("", "the method's options, e.g. rank=4,form=fused"), num_classes=(100, "C"),
@@ -191,6 +196,7 @@ def info(argv: list[str]) -> None:
 
 
 def convert(argv: list[str]) -> None:
+  """Writes weights in timm's names."""
   values = _flags(backbone=_BACKBONE, out=("", "file or folder to write"),
                   architecture=("", "what it is expected to be"),
                   image_size=(0, "resample the position table to this size"), download=(False, "fetch a zoo entry"))
@@ -204,6 +210,7 @@ def convert(argv: list[str]) -> None:
 
 
 def merge(argv: list[str]) -> None:
+  """Writes the adapted backbone as plain weights with a head."""
   values = _flags(adapter=("", "adapter.safetensors of a run"), backbone=_BACKBONE, out=("", "file or folder to write"),
                   tolerance=(1e-3, "largest difference of logits allowed on a probe batch"))
   _parse(values, argv, "merge")
@@ -214,6 +221,7 @@ def merge(argv: list[str]) -> None:
 
 
 def data_verb(argv: list[str]) -> None:
+  """Checks a data source and shows its splits."""
   values = _flags(data=("", "what to check, e.g. folder:/images"))
   _parse(values, argv, "data")
   _required(values, "data")
@@ -250,6 +258,8 @@ def main(argv: list[str] | None = None) -> None:
     if isinstance(error, flags.UnrecognizedFlagError):
       hint = f"; transferlab {verb} --help lists the flags"
       hint += ", configuration keys are --config.NAME" * (verb == "train")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+      hint = "; free some space and run the same command again" + ", it resumes" * (verb == "train")
     print("error: " + " ".join(str(error).split()) + hint, file=sys.stderr)
     raise SystemExit(1) from None
   except KeyboardInterrupt:

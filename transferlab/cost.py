@@ -15,6 +15,7 @@ from transferlab.step import compile_step, make_step, start, to_inputs
 
 
 class StepCost(NamedTuple):
+  """Of one training step."""
   train_flops: float
   train_peak_bytes: int
 

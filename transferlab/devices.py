@@ -14,10 +14,12 @@ def make_mesh(count: int | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Whole on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def along_batch(mesh: Mesh) -> NamedSharding:
+  """The first axis split over the devices."""
   return NamedSharding(mesh, PartitionSpec("data"))
 
 

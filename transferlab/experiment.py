@@ -1,6 +1,6 @@
 """From a configuration to a run: what `transferlab train` does, callable from Python.
 
-A configuration is an ml_collections ConfigDict (or a dict) with the keys of `Experiment`, those of `train.Recipe`, and
+A configuration is an ml_collections ConfigDict (or a dict) with the keys of `Experiment`, those of `recipe.Recipe`, and
 the method's own options under `options`.
 """
 import ast
@@ -16,7 +16,8 @@ import ml_collections
 from transferlab import config as config_lib
 from transferlab import data, methods, tree
 from transferlab.backbones.weights import load_weights
-from transferlab.train import Fit, Recipe, fit
+from transferlab.recipe import Recipe
+from transferlab.train import Fit, fit
 from transferlab.tree import nearest
 
 

@@ -36,5 +36,6 @@ def atomic(path):
 
 
 def write_json(path, value) -> None:
+  """Writes plain data as JSON, whole or not at all."""
   with atomic(path) as temporary:
     Path(temporary).write_text(json.dumps(value, indent=1) + "\n")

@@ -43,6 +43,7 @@ class Context(NamedTuple):
 
 
 class Outputs(NamedTuple):
+  """Of one forward pass."""
   logits: Any    # [B, C] float32
   features: Any  # [B, D]
   carry: Any     # the visitor's last carry
@@ -174,6 +175,7 @@ def stages(method: Method, train: Callable) -> list:
 
 
 class Sizes(NamedTuple):
+  """Numbers of parameters."""
   trainable: int
   trainable_without_classifier: int
   state: int

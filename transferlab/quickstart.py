@@ -15,7 +15,8 @@ from transferlab import data, serve
 from transferlab.backbones.weights import load_weights
 from transferlab.optim import Optim
 from transferlab.progress import say
-from transferlab.train import Recipe, fit
+from transferlab.recipe import Recipe
+from transferlab.train import fit
 
 # Learning rates: the best of three, a factor of about three apart, on the validation split.
 RECIPES = {

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from transferlab.backbones.spec import ViTSpec
 from transferlab.backbones.vit import ViT, ignore
 
-MODULES = {"vit": ViT}
+FAMILIES = {"vit": (ViTSpec, ViT)}  # family: the class of its specs, the module that computes it
 
 
 class Backbone(NamedTuple):
@@ -33,7 +33,7 @@ class Backbone(NamedTuple):
 
 def build(spec, dtype=jnp.float32) -> Backbone:
   """The backbone of a spec, computing in `dtype` (parameters are cast on use)."""
-  module = MODULES[spec.family](spec, dtype)
+  module = FAMILIES[spec.family][1](spec, dtype)
   image = jax.ShapeDtypeStruct((1, *image_shape(spec)), jnp.float32)
 
   def init(rng):

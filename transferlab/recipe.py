@@ -1,0 +1,75 @@
+"""How to train, as plain data: every number of a run that is not the method's own."""
+import dataclasses
+from dataclasses import dataclass
+
+from transferlab import config, data
+from transferlab.data.augment import preset
+from transferlab.optim import Optim
+
+
+@dataclass(frozen=True)
+class Recipe:
+  """How to train. Durations are strings: "20 epochs", "500 steps", "10000 examples", "5 percent" of the run.
+
+  Fields:
+    duration: of each stage.
+    batch_size: global, whatever the number of devices.
+    optim: see `optim.Optim`.
+    augmentation: a preset's name, see `data.Augmentation`.
+    drop_path: stochastic depth of the last block; it acts in frozen blocks too.
+    label_smoothing: share of the target spread over all classes.
+    class_weights: "none", or "balanced" so that every class counts the same.
+    drop_last: leave the last partial batch of each epoch out, as the papers do; else it is padded.
+    dtype: of the backbone's computation, "float32", "bfloat16" or "auto" (float32 on CPU, else bfloat16). Heads and
+      trainables are float32.
+    remat: recompute adapted blocks in the backward pass: less memory, more time.
+    micro_batch: rows computed at once, 0 for the whole batch, -1 for the largest that fits the device's memory.
+    select: "best" keeps the parameters with the best validation accuracy (of equals, with the lowest validation loss),
+      "last" the last ones.
+    evaluate_every, checkpoint_every, log_every: durations.
+    bad_images: "error", or "skip" to go on without images that cannot be read.
+    workers: processes that decode images, 0 for none.
+    devices: number of devices, 0 for all.
+    seed: of initialisation, order, augmentation and dropout.
+  """
+  duration: str = "20 epochs"
+  batch_size: int = 32
+  optim: Optim = Optim()
+  augmentation: str = "none"
+  drop_path: float = 0.0
+  label_smoothing: float = 0.0
+  class_weights: str = "none"
+  drop_last: bool = True
+  dtype: str = "auto"
+  remat: bool = False
+  micro_batch: int = 0
+  select: str = "best"
+  evaluate_every: str = "1 epoch"
+  checkpoint_every: str = "5 epochs"
+  log_every: str = "50 steps"
+  bad_images: str = "error"
+  workers: int = 0
+  devices: int = 0
+  seed: int = 0
+
+  def __post_init__(self):
+    choices = {"class_weights": ("none", "balanced"), "select": ("best", "last"), "bad_images": ("error", "skip"),
+               "dtype": ("auto", "float32", "bfloat16")}
+    for name, valid in choices.items():
+      if getattr(self, name) not in valid:
+        raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(valid)}")
+    for name, least in {"batch_size": 1, "micro_batch": -1, "workers": 0, "devices": 0, "seed": 0}.items():
+      if getattr(self, name) < least:
+        raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
+    for name in ("drop_path", "label_smoothing"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f"{name} is {getattr(self, name)}; expected a number from 0 to below 1")
+    preset(self.augmentation)
+    for name in ("duration", "evaluate_every", "checkpoint_every", "log_every"):  # for the errors; steps come later
+      config.resolve_steps(getattr(self, name), 1, 1, None if name == "duration" else 1, name, positive=True)
+
+
+def augmentation(recipe: Recipe) -> data.Augmentation:
+  """The recipe's preset, with its label smoothing unless the recipe sets one."""
+  chosen = preset(recipe.augmentation)
+  return dataclasses.replace(chosen, label_smoothing=recipe.label_smoothing or chosen.label_smoothing)
