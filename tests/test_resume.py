@@ -205,6 +205,23 @@ def test_a_workdir_with_another_programs_config(tiny_weights, tiny_task, tmp_pat
   assert files(tmp_path) == {"config.json"}
 
 
+def test_a_full_disk_loses_nothing(whole, tiny_weights, tiny_task, tmp_path, monkeypatch):
+  wanted = whole("lora")
+  again = lambda: fit(tiny_weights, "lora", tiny_task, ASKED, workdir=tmp_path / "run", quiet=True)
+  save = checkpoint.ocp.CheckpointManager.save
+  def full(manager, step, **kwargs):
+    if step >= 8:
+      raise OSError(28, "No space left on device")
+    return save(manager, step, **kwargs)
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
+    with pytest.raises(OSError, match="step 8 cannot be written .*No space left.* free some space there and run"):
+      again()
+  assert not {"adapter.safetensors", "result.json"} & files(tmp_path / "run")
+  again()
+  assert_same_run(tmp_path / "run", wanted)
+
+
 # kill -9
 
 def killed_run(workdir: str, moment: str) -> None:

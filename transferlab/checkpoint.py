@@ -38,12 +38,22 @@ class Checkpoints:
 
   def __init__(self, folder):
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    self.manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+    self.folder = Path(folder)
+    self.manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
 
   def save(self, step: int, arrays, notes: dict) -> None:
-    """Saves a pytree of arrays and a dict of plain data."""
-    self.manager.save(step, args=ocp.args.Composite(
-        arrays=ocp.args.StandardSave(arrays), notes=ocp.args.JsonSave(notes)))
+    """Saves a pytree of arrays and a dict of plain data.
+
+    Raises:
+      OSError: it cannot be written, the disk being full for example; the checkpoints before it stay as they are.
+    """
+    try:
+      self.manager.save(step, args=ocp.args.Composite(
+          arrays=ocp.args.StandardSave(arrays), notes=ocp.args.JsonSave(notes)))
+    except (OSError, ValueError, RuntimeError) as error:  # the last two: tensorstore's, for what the disk refuses
+      reason = " ".join(str(error).split())[:200]
+      raise OSError(f"the checkpoint of step {step} cannot be written to {self.folder} ({reason}); those before it are "
+                    "whole: free some space there and run the same command again, it resumes") from error
 
   def restore(self, like):
     """(step, arrays, notes) of the newest checkpoint, or None; `like` gives structure, shapes and shardings."""
