@@ -4,6 +4,7 @@ What is decided here: the EXIF orientation is applied; transparent pixels show a
 to 8 bit (Pillow's own conversion would clip it); the first frame stands for an animation; nothing is guessed from a
 damaged file.
 """
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 89_478_485  # Pillow's own bound for a "decompression bomb": 256 MiB of RGB
 
 
-def decode(path: str | os.PathLike) -> np.ndarray:
-  """Reads one image file as uint8 RGB [H, W, 3].
+def decode(path: str | os.PathLike, content: bytes | None = None) -> np.ndarray:
+  """Reads one image file, or its `content` that is already in memory and called `path`, as uint8 RGB [H, W, 3].
 
   Raises:
     BadImage: the file is missing, empty, not an image, cut short, too large, or of a pixel type without a meaning as
       a picture (32-bit integers beyond 16 bit, floats).
   """
   try:
-    with Image.open(path, formats=FORMATS) as image:
+    with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as image:
       if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"{path}: {image.width}x{image.height} pixels; expected at most {MAX_PIXELS}; shrink the image")
       image.load()
@@ -37,7 +38,7 @@ def decode(path: str | os.PathLike) -> np.ndarray:
   except FileNotFoundError:
     raise BadImage(f"{path}: no such file") from None
   except UnidentifiedImageError:
-    raise BadImage(f"{path}: not an image ({_start_of(path)}); expected {', '.join(SUFFIXES)} content") from None
+    raise BadImage(f"{path}: not an image ({_start_of(path, content)}); expected {', '.join(SUFFIXES)} content") from None
   # Pillow's readers raise these for damaged files, SyntaxError for broken PNG and EOFError for cut TIFF among them.
   except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, Image.DecompressionBombError) as e:
     raise BadImage(f"{path}: cannot be decoded ({' '.join(str(e).split()) or type(e).__name__})") from None
@@ -83,7 +84,9 @@ def _grey16_to_rgb(grey: np.ndarray, path: str | os.PathLike) -> np.ndarray:
   return np.repeat(grey[:, :, None], 3, axis=2)
 
 
-def _start_of(path: str | os.PathLike) -> str:
-  with Path(path).open("rb") as file:
-    start = file.read(12)
+def _start_of(path: str | os.PathLike, content: bytes | None) -> str:
+  if content is None:
+    with Path(path).open("rb") as file:
+      content = file.read(12)
+  start = content[:12]
   return f"it starts with {start!r}" if start else "the file is empty"

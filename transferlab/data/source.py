@@ -11,6 +11,8 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
+from transferlab.data import suites
+from transferlab.data.entries import open_entry
 from transferlab.data.files import SUFFIXES, FileReader, is_image
 from transferlab.data.lists import csv_file, list_files
 from transferlab.data.memory import digits
@@ -110,18 +112,22 @@ def find_images(folder: str | os.PathLike) -> list[str]:
   return sorted(found)
 
 
-def from_string(text: str, **options) -> Task:
-  """'digits', 'folder:/path', 'domains:/path?test_domain=sketch', 'list:/path?train=a.txt&test=b.txt', 'csv:/file.csv'.
+def from_string(text: str, data_dir: str | os.PathLike = "", **options) -> Task:
+  """'digits', 'folder:/path', 'domains:/path?test_domain=sketch', 'list:/path?train=a.txt&test=b.txt', 'csv:/file.csv',
+  or a task of a suite: 'vtab/dtd?phase=tune', looked for in `data_dir`.
 
   What follows `?` are arguments of the constructor, as `options` are, and win over them; 'domains:' also takes the
   short `test=`.
   """
   head, _, query = text.partition("?")
+  if head in suites.ENTRIES or head.split("/")[0] in suites.PREFIXES:
+    return _suite_task(text, head, query, data_dir)
   kind, _, path = head.partition(":")
   if kind not in KINDS:
     hint = f"; did you mean 'folder:{text}'?" if os.path.isdir(head) else _nearest(kind, KINDS)
     kinds = ", ".join(f"{k}:<path>" for k in KINDS if k != "digits")
-    raise DataError(f"data {text!r} is of no known kind; expected {kinds} or digits{hint}")
+    raise DataError(f"data {text!r} is of no known kind; expected {kinds}, digits, or a task of a suite such as "
+                    f"vtab/dtd{hint}")
   make = KINDS[kind]
   parameters = inspect.signature(make).parameters
   if ("root" in parameters or "path" in parameters) != bool(path):
@@ -142,10 +148,24 @@ KINDS: dict[str, Callable[..., Task]] = {
     "digits": digits, "folder": image_folder, "domains": domain_folder, "list": list_files, "csv": csv_file}
 
 
-def _argument(text: str, key: str, value: str, parameters: list[inspect.Parameter]) -> str | int | float:
+def _suite_task(text: str, name: str, query: str, data_dir: str | os.PathLike) -> Task:
+  if name not in suites.ENTRIES:
+    near = [n for n in suites.ENTRIES if n.split("/")[0] == name.split("/")[0]]
+    raise DataError(f"data {text!r}: no task {name!r}; expected {', '.join(near)}{_nearest(name, near)}")
+  entry = suites.ENTRIES[name]
+  parameters = list(inspect.signature(open_entry).parameters.values())[2:-1] + list(entry.options.values())
+  given = dict(parse_qsl(query, keep_blank_values=True))
+  return open_entry(entry, data_dir, **{key: _argument(text, key, value, parameters) for key, value in given.items()})
+
+
+def _argument(text: str, key: str, value: str, parameters: list[inspect.Parameter]) -> str | int | float | bool:
   types = {p.name: p.annotation for p in parameters if p.name != "class_names"}  # a list does not fit into a word
   if key not in types:
     raise DataError(f"data {text!r}: {key!r} is no option; expected {', '.join(types)}{_nearest(key, types)}")
+  if types[key] is bool:
+    if value.lower() not in ("true", "false"):
+      raise DataError(f"data {text!r}: {key} is {value!r}; expected true or false")
+    return value.lower() == "true"
   if types[key] not in (int, float):
     return value
   try:

@@ -1,0 +1,5 @@
+"""Domain generalisation."""
+from transferlab.data.entries import Entry
+
+ENTRIES: tuple[Entry, ...] = ()
+SUITES: dict[str, tuple[str, ...]] = {}

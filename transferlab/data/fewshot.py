@@ -1,0 +1,5 @@
+"""Few-shot tasks."""
+from transferlab.data.entries import Entry
+
+ENTRIES: tuple[Entry, ...] = ()
+SUITES: dict[str, tuple[str, ...]] = {}
