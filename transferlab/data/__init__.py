@@ -10,11 +10,12 @@ No file of this package names jax or TensorFlow. (jax still comes along, with gr
 from transferlab.data.augment import PRESETS, Augmentation
 from transferlab.data.cache import check_images, read_once
 from transferlab.data.files import decode
+from transferlab.data.folders import domain_folder, find_images, image_folder
 from transferlab.data.image import normalise, preprocess
 from transferlab.data.lists import csv_file, list_files
 from transferlab.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
 from transferlab.data.memory import arrays, digits
-from transferlab.data.source import domain_folder, find_images, from_string, image_files, image_folder
+from transferlab.data.source import from_string, image_files
 from transferlab.data.tasks import BadImage, DataError, Split, Task, class_weights
 
 __all__ = [

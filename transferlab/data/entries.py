@@ -1,4 +1,4 @@
-"""What a published task is before it is opened: where it may lie in a data directory, what it should hold, how to get it.
+"""A published task before it is opened: where it may lie in a data directory, what it should hold, how to get it.
 
 An `Entry` names the parts of its data set ("train800val200") and, for each phase of its protocol ("tune", "final"),
 which part is the split "train", "val" or "test". A part that the phase does not use is never read: tuning cannot see

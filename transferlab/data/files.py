@@ -38,7 +38,8 @@ def decode(path: str | os.PathLike, content: bytes | None = None) -> np.ndarray:
   except FileNotFoundError:
     raise BadImage(f"{path}: no such file") from None
   except UnidentifiedImageError:
-    raise BadImage(f"{path}: not an image ({_start_of(path, content)}); expected {', '.join(SUFFIXES)} content") from None
+    start = _start_of(path, content)
+    raise BadImage(f"{path}: not an image ({start}); expected {', '.join(SUFFIXES)} content") from None
   # Pillow's readers raise these for damaged files, SyntaxError for broken PNG and EOFError for cut TIFF among them.
   except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, Image.DecompressionBombError) as e:
     raise BadImage(f"{path}: cannot be decoded ({' '.join(str(e).split()) or type(e).__name__})") from None
