@@ -7,9 +7,6 @@ zoo name, a weights file or folder, or hf:owner/name. Every other key is set aft
 """
 from transferlab.experiment import arguments, defaults
 
-# Starting points, not tuned results: small heads take large steps, whole backbones small ones.
-LEARNING_RATES = {"linear": 1e-2, "full": 3e-5, "bitfit": 3e-3, "lora": 1e-3, "dtl": 3e-3}
-
 
 def get_config(text=None):
   arg = arguments(text, data="", backbone="vit_formula64", method="linear", seed=0)
@@ -17,6 +14,5 @@ def get_config(text=None):
   config.duration = "20 epochs"
   config.batch_size = 32
   config.augmentation = "flip"  # digits, text and left-right tasks want "none"
-  config.optim.lr = LEARNING_RATES.get(arg.method, 1e-3)
   config.optim.warmup = "10 percent"
   return config

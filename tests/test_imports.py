@@ -18,7 +18,8 @@ PACKAGE = ROOT / "transferlab"
 
 LAYERS = [  # from the top to the bottom; modules of one layer do not import each other
     "cli quickstart",
-    "experiment serve inform testing",
+    "suite report",
+    "experiment serve inform testing data_command",
     "train",
     "evaluate checkpoint cost workdir",
     "step recipe",
@@ -111,7 +112,7 @@ def test_data_and_plain_modules_do_without_jax(name):
   heavy = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
   assert not outside(MODULES[name]) & heavy
   own = {module for module in MODULES if module.split(".")[0] == name.split(".")[0]}
-  assert inside(MODULES[name]) <= {"backbones.spec", "tree"} | own
+  assert inside(MODULES[name]) <= {"backbones.spec", "tree", "files"} | own
 
 
 @pytest.mark.parametrize("library", ONLY)

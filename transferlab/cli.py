@@ -15,12 +15,15 @@ from rich.table import Table
 USAGE = """usage: transferlab VERB [--flag=value …]      (transferlab VERB --help lists a verb's flags)
 
   train     --config=configs/folder.py:data=folder:/images,method=dtl --workdir=runs/mine
+  train     --config=configs/vtab.py:method=dtl --suite=vtab1k --data_dir=/data --workdir=runs/vtab
+  report    runs/vtab
   eval      --adapter=runs/mine/adapter.safetensors --data=folder:/images
   predict   --adapter=runs/mine/adapter.safetensors --out=predictions.csv image.jpg folder/
   info      --backbone=vit_b16 --method=dtl --num_classes=100
   convert   --backbone=weights.npz --out=weights.safetensors
   merge     --adapter=runs/mine/adapter.safetensors --out=merged.safetensors
   data      --data=folder:/images
+  data      list|check|prepare vtab1k coop/dtd --data_dir=/data
 """
 
 
@@ -60,8 +63,11 @@ _BACKBONE = (None, "zoo name, weights file or folder, or hf:owner/name")
 
 
 def train(argv: list[str]) -> None:
-  """Trains a method as a config file says."""
+  """Trains a method as a config file says, on one task or on a suite."""
   values = _flags(workdir=("", "folder for what the run leaves"),
+                  suite=("", "train on every task of this suite that is present, one after another"),
+                  seeds=("0,1,2", "seeds for each task of the suite"),
+                  data_dir=("", "folder of the data sets of suites; same as --config.data_dir"),
                   config=("", "config file, its arguments after a colon; --config.KEY=value changes any key"),
                   bad_images=("", "error, or skip images that cannot be read; same as --config.bad_images"),
                   micro_batch=("", "images computed at once, or auto for as many as fit; same as --config.micro_batch"))
@@ -75,18 +81,80 @@ def train(argv: list[str]) -> None:
       rest.append(argument)
   _parse(values, rest, "train")
   _required(values, "config", "workdir")
-  overrides |= {name: values[name].value for name in ("bad_images", "micro_batch") if values[name].value}
+  overrides |= {name: values[name].value for name in ("bad_images", "micro_batch", "data_dir") if values[name].value}
   if overrides.get("micro_batch") == "auto":
     overrides["micro_batch"] = "-1"
+  if values.suite:
+    _train_suite(values, overrides)
+    return
   from transferlab import experiment
   run = experiment.run(experiment.load(values.config, overrides), values.workdir)
   print(run.adapter)
 
 
+def _train_suite(values: flags.FlagValues, overrides: dict[str, str]) -> None:
+  from transferlab import report as report_lib
+  from transferlab import suite
+  seeds = _words(values.seeds)
+  if not seeds or not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) != len(seeds):
+    raise ValueError(f"--seeds is {values.seeds!r}; expected different whole numbers, such as 0,1,2")
+  outcome = suite.run(values.suite, values.config, values.workdir, overrides, [int(seed) for seed in seeds])
+  if outcome.rows:
+    split = "test" if all(row["test"] for row in outcome.rows) else "val"
+    _print_report(report_lib.report(outcome.rows, values.suite, split), f"{split} accuracy")
+  for line in outcome.absent:
+    print(f"left out: {line}")
+  if outcome.failed:
+    raise ValueError(f"{len(outcome.failed)} runs failed, first {outcome.failed[0]}; the same command tries them again")
+
+
+def _words(text: str) -> list[str]:
+  return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def report(argv: list[str]) -> None:
+  """Averages finished runs, over seeds and over tasks, and refuses to average unlike ones."""
+  values = _flags(suite=("", "suite to average over; by default the smallest that has the tasks"),
+                  split=("test", "test or val"), score=("accuracy", "accuracy, mean_per_class or loss"),
+                  allow=("", "fields that may differ all the same, e.g. recipe.optim,device"),
+                  json=(False, "print one JSON object"))
+  folders = _parse(values, argv, "report", files=True)
+  if not folders:
+    raise ValueError("no runs given; name their folders, or one above them")
+  from transferlab import report as report_lib
+  found = report_lib.report(report_lib.read(folders), values.suite, values.split, values.score, _words(values.allow))
+  if values.json:
+    scores = {method: {task: score._asdict() for task, score in each.items()} for method, each in found.scores.items()}
+    print(json.dumps({**found._asdict(), "scores": scores}))
+    return
+  _print_report(found, f"{values.split} {values.score}")
+
+
+def _print_report(found, title: str) -> None:
+  """A table of tasks by methods, its averages below a line, then the remarks."""
+  table = Table("task", *found.scores, title=f"{found.suite + ': ' if found.suite else ''}{title}")
+  for task in dict.fromkeys(task for scores in found.scores.values() for task in scores):
+    cells = [_cell(scores.get(task)) for scores in found.scores.values()]
+    table.add_row(escape(task), *cells)
+  table.add_section()
+  for name in dict.fromkeys(name for averages in found.averages.values() for name in averages):
+    table.add_row(name, *(f"{averages[name]:.4f}" if name in averages else "" for averages in found.averages.values()))
+  Console().print(table)
+  for remark in found.remarks:
+    print(f"remark: {remark}")
+
+
+def _cell(score) -> str:
+  if score is None:
+    return ""
+  return f"{score.mean:.4f}" + (f" ± {score.std:.4f} ({score.seeds})" if score.std is not None else " (1)")
+
+
 def evaluate(argv: list[str]) -> None:
   """Counts the predictions of an adapter, or of the head that weights carry."""
   values = _flags(adapter=("", "adapter.safetensors of a run; without it the head that the weights carry is evaluated"),
-                  backbone=_BACKBONE, data=("", "what to evaluate on, e.g. folder:/images"),
+                  backbone=_BACKBONE, data=("", "what to evaluate on, e.g. folder:/images, or a task such as vtab/dtd"),
+                  data_dir=("", "folder of the data sets of suites"),
                   split=("test", "train, val, test, or all of them"),
                   classes=("", "JSON list of the head's class names"),
                   preprocessing=("", "changes to the weights' own, e.g. crop=squash,std=1/1/1; heads only"),
@@ -98,7 +166,7 @@ def evaluate(argv: list[str]) -> None:
   _required(values, "data")
   from transferlab import data, serve
   from transferlab.evaluate import write_confusion
-  task = data.from_string(values.data)
+  task = data.from_string(values.data, values.data_dir)
   classifier = serve.load(values.adapter or None, values.backbone, class_names=_class_names(values.classes),
                           preprocessing=values.preprocessing)
   found = serve.evaluate(classifier, task, values.split, batch_size=values.batch_size, bad_images=values.bad_images)
@@ -221,22 +289,30 @@ def merge(argv: list[str]) -> None:
 
 
 def data_verb(argv: list[str]) -> None:
-  """Checks a data source and shows its splits."""
-  values = _flags(data=("", "what to check, e.g. folder:/images"))
-  _parse(values, argv, "data")
-  _required(values, "data")
-  from transferlab import data
-  from transferlab.train import readable
-  task = data.from_string(values.data)
-  for remark in task.check():
-    print(f"remark: {remark}")
-  task = readable(task, "skip", print, quiet=False)
-  print(task.describe())
-  print("\n".join(f"  {name} pixels {split.fingerprint()}" for name, split in task.splits.items()))
+  """Checks a source of images (--data), or lists, checks or prepares published tasks (list, check, prepare NAME …)."""
+  values = _flags(data=("", "what to check, e.g. folder:/images; all others are for list, check, prepare"),
+                  data_dir=("", "folder of the data sets; $TFDS_DATA_DIR if empty, or else ~/tensorflow_datasets"),
+                  accept=(False, "check: what is there now is right, whatever was found before"),
+                  json=(False, "list, check: print one JSON list"),
+                  download=(False, "prepare: fetch what is not there"),
+                  file_format=("array_record", "prepare: array_record or tfrecord"))
+  words = _parse(values, argv, "data", files=True)
+  action, names = (words[0], words[1:]) if words else ("", [])
+  if not words:
+    _required(values, "data")
+  from transferlab import data_command
+  if bool(values.data) == bool(words) or words and action not in data_command.ACTIONS:
+    raise ValueError(f"transferlab data {action}: expected --data=folder:/images, or one of "
+                     f"{', '.join(data_command.ACTIONS)}, then names of tasks or suites")
+  if values.data:
+    data_command.describe(values.data, values.data_dir)
+  elif not (data_command.prepare(names, values.data_dir, values.download, values.file_format) if action == "prepare" else
+            data_command.take_stock(action, names, values.data_dir, values.accept and action == "check", values.json)):
+    raise SystemExit(1)
 
 
-VERBS = {"train": train, "eval": evaluate, "predict": predict, "info": info, "convert": convert, "merge": merge,
-         "data": data_verb}
+VERBS = {"train": train, "report": report, "eval": evaluate, "predict": predict, "info": info, "convert": convert,
+         "merge": merge, "data": data_verb}
 
 
 def main(argv: list[str] | None = None) -> None:

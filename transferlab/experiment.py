@@ -26,7 +26,9 @@ class Experiment:
   """What to train on what.
 
   Fields:
-    data: a source: "folder:/path", "domains:/path?test_domain=sketch", "list:/path?train=a.txt", "csv:/file", "digits".
+    data: a source: "folder:/path", "domains:/path?test_domain=sketch", "list:/path?train=a.txt", "csv:/file", "digits",
+      or a task of a suite, "vtab/dtd".
+    data_dir: where the data sets of the suites lie, "" for $TFDS_DATA_DIR or else ~/tensorflow_datasets.
     backbone: a zoo name, a weights file or folder, or "hf:owner/name".
     architecture: what the weights are expected to be, "" to infer it.
     image_size: pixels, 0 for the weights' own; the position table is resampled.
@@ -35,6 +37,7 @@ class Experiment:
     method: a registered name; its options are under `options`.
   """
   data: str = ""
+  data_dir: str = ""
   backbone: str = "vit_formula64"
   architecture: str = ""
   image_size: int = 0
@@ -43,14 +46,22 @@ class Experiment:
   method: str = "linear"
 
 
+# Starting points: small heads take large steps, whole backbones small ones.
+LEARNING_RATES = {"linear": 1e-2, "full": 3e-5, "bitfit": 3e-3, "lora": 1e-3, "dtl": 3e-3}
+
+
 def defaults(method: str = "linear", **changes) -> ml_collections.ConfigDict:
-  """Every key with its default, the method's options included; `changes` are keys of the first level."""
+  """Every key with its default, the method's options included; `changes` are keys of the first level.
+
+  The learning rate is a starting point that suits the method, not a tuned result.
+  """
   if method not in methods.METHODS:
     raise ValueError(f"method {method!r} is unknown; nearest: {', '.join(nearest(method, methods.METHODS))}; "
                      f"all: {', '.join(sorted(methods.METHODS))}")
   values = {**dataclasses.asdict(Experiment(method=method)), **dataclasses.asdict(Recipe()),
             "options": methods.options_of(method)}
   config = ml_collections.ConfigDict(values, convert_dict=True)
+  config.optim.lr = LEARNING_RATES.get(method, 1e-3)
   for key, value in changes.items():
     if key not in config:
       raise ValueError(f"config has no key {key!r}; nearest: {', '.join(nearest(key, config))}")
@@ -135,14 +146,15 @@ def parse(config) -> tuple[Experiment, dict, Recipe]:
                        "method go under options")
   experiment = config_lib.fill(Experiment, {k: v for k, v in values.items() if k in mine})
   if not experiment.data:
-    raise ValueError("config.data is empty; give --config.data=folder:/path (or digits, domains:, list:, csv:)")
+    raise ValueError("config.data is empty; give --config.data=folder:/path (or digits, domains:, list:, csv:, "
+                     "vtab/dtd)")
   return experiment, options, config_lib.fill(Recipe, {k: v for k, v in values.items() if k in recipe})
 
 
 def run(config: Any, workdir=None, quiet: bool = False) -> Fit:
   """Loads weights and data and trains; see `train.fit`."""
   experiment, options, recipe = parse(config)
-  task = data.from_string(experiment.data)
+  task = data.from_string(experiment.data, experiment.data_dir)
   weights = load_weights(experiment.backbone, architecture=experiment.architecture or None,
                          image_size=experiment.image_size or None, download=experiment.download)
   weights = weights._replace(preprocessing=weights.preprocessing.changed(experiment.preprocessing))

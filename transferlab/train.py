@@ -73,7 +73,8 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   asked = {"backbone": weights.name, "backbone_hash": weights.hash, "image_size": weights.spec.image_size,
            "preprocessing": weights.preprocessing.to_dict(),
            "method": method if isinstance(method, str) else first.name, "options": first.options,
-           "task": task.name, "split_hash": task.split_hash(),
+           "task": task.name, "source": task.source, "protocol": task.protocol, "draw": task.draw,
+           "split_hash": task.split_hash(),
            "pixels": task.splits["train"].fingerprint(), "recipe": dataclasses.asdict(recipe)}
   asked = json.loads(json.dumps(asked))  # tuples become lists, as they will be when read back
   folder = None if workdir is None else Workdir(workdir, asked)
@@ -95,7 +96,8 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   test = None
   if "test" in task.splits:
     known = folder and folder.result()  # a finished run keeps its numbers: the test split is opened once
-    test = known["test"] if known else scores(last.evaluate(trainable, state, last.eval_loader(task.splits["test"])))
+    test = known["test"] if known else last.scores(trainable, state, last.eval_loader(task.splits["test"]),
+                                                       task.test_classes)
   result, adapter = ledger_row(asked, weights, task, final, last, test), None
   result["seconds"] = round(time.monotonic() - began, 2)
   if folder:
@@ -121,9 +123,11 @@ def finished_run(folder: Workdir) -> Fit | None:
 def ledger_row(asked: dict, weights: Weights, task: data.Task, method: Method, last: "Stage", test) -> dict:
   """Everything a comparison of runs needs: what was asked for, scores, sizes, costs, and hashes of what went in."""
   count = sizes(method, weights.params, len(task.class_names))
+  over = ", mean over domains" if last.criterion != "accuracy" else ""
+  chosen = f"{last.recipe.select} on val{over}" if last.val else "last"
   return {
       **asked, "class_names": list(task.class_names), "val": last.val, "test": test,
-      "protocol": f"{f'{last.recipe.select} on val' if last.val else 'last'}, test once",
+      "protocol": "; ".join(filter(None, (task.protocol, f"{chosen}, test once"))), "seed": last.recipe.seed,
       "steps": last.total, "selected_step": last.selected_step,
       "trainable": count.trainable, "trainable_without_classifier": count.trainable_without_classifier,
       "train_peak_bytes": last.cost.train_peak_bytes, "train_flops": last.cost.train_flops,
@@ -133,10 +137,16 @@ def ledger_row(asked: dict, weights: Weights, task: data.Task, method: Method, l
       "versions": versions()}
 
 
-def scores(evaluation) -> dict:
-  """An evaluation's numbers for the ledger."""
-  return {"accuracy": evaluation.accuracy, "mean_per_class": evaluation.mean_per_class, "loss": evaluation.loss,
-          "examples": int(evaluation.confusion.sum())}
+def scores(evaluation, domain_names=(), among=()) -> dict:
+  """An evaluation's numbers for the ledger; by domain where there are several, and `among` how many classes if not all.
+  """
+  found = {"accuracy": evaluation.accuracy, "mean_per_class": evaluation.mean_per_class, "loss": evaluation.loss,
+           "examples": int(evaluation.confusion.sum())}
+  names = dict(enumerate(domain_names))
+  by_domain = {names.get(d, str(d)): accuracy for d, accuracy in evaluation.per_domain.items()}
+  if len(by_domain) > 1:
+    found |= {"domains": by_domain, "mean_over_domains": sum(by_domain.values()) / len(by_domain)}
+  return {**found, "among": len(among)} if among else found
 
 
 def readable(task: data.Task, bad_images: str, tell, quiet: bool) -> data.Task:
@@ -174,9 +184,11 @@ class Stage:
     self.loader = data.train_loader(
         task.splits["train"], weights.preprocessing, batch_size=recipe.batch_size, seed=recipe.seed,
         augmentation=augmentation(recipe), drop_last=recipe.drop_last, num_classes=self.num_classes,
-        workers=recipe.workers)
+        workers=recipe.workers, per_domain=recipe.per_domain)
     self.val_loader = self.eval_loader(task.splits["val"]) if "val" in task.splits else None
-    per_epoch, B = self.loader.steps_per_epoch, recipe.batch_size
+    domains = self.val_loader.split.domains if recipe.per_domain and self.val_loader else None
+    self.criterion = "accuracy" if domains is None or len(set(domains.tolist())) < 2 else "mean_over_domains"
+    per_epoch, B = self.loader.steps_per_epoch, self.loader.rows_per_step
     self.total = config.resolve_steps(recipe.duration, per_epoch, B, None, "duration", positive=True)
     steps = lambda name: config.resolve_steps(getattr(recipe, name), per_epoch, B, self.total, name, positive=True)
     self.log_every, self.evaluate_every = steps("log_every"), steps("evaluate_every")
@@ -219,9 +231,10 @@ class Stage:
   def eval_loader(self, split):
     return data.eval_loader(split, self.preprocessing, batch_size=max(self.recipe.batch_size, 32))
 
-  def evaluate(self, trainable, state, loader):
-    return evaluate(lambda images: self.predict(trainable, state, self.frozen, images), loader, self.num_classes,
-                    mesh=self.mesh, quiet=self.quiet)
+  def scores(self, trainable, state, loader, among=()) -> dict:
+    found = evaluate(lambda images: self.predict(trainable, state, self.frozen, images), loader, self.num_classes,
+                     among=among, mesh=self.mesh, quiet=self.quiet)
+    return scores(found, self.task.domain_names, among)
 
   def train(self) -> "Stage":
     """Trains from the newest checkpoint, or from the start, to the end; then holds the chosen trainable and state."""
@@ -244,9 +257,10 @@ class Stage:
         if last or any(done % every == 0 for every in (self.log_every, self.evaluate_every, self.checkpoint_every)):
           self.check_finite(checkpoints)
         if last or done % self.log_every == 0:
+          shown = (done - since) * self.loader.rows_per_step
           row = {"step": done, "loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"]),
                  "lr": float(self.rate(done - 1)),
-                 "examples_per_second": round((done - since) * self.recipe.batch_size / (time.monotonic() - clock), 1)}
+                 "examples_per_second": round(shown / (time.monotonic() - clock), 1)}
           clock, since = time.monotonic(), done
           self.log(row)
           progress.update(0, f"loss {row['loss']:.4f}")
@@ -268,10 +282,10 @@ class Stage:
       self.folder.log({"stage": self.index, **row})
 
   def validate(self, done: int, progress: Progress) -> None:
-    found = scores(self.evaluate(self.run.trainable, self.run.state, self.val_loader))
+    found = self.scores(self.run.trainable, self.run.state, self.val_loader)
     self.log({"step": done, "val": found})
     progress.update(0, f"val accuracy {found['accuracy']:.4f}")
-    rank = lambda val: (val["accuracy"], -val["loss"])
+    rank = lambda val: (val[self.criterion], -val["loss"])
     if self.recipe.select == "last" or not self.best or rank(found) > rank(self.best["val"]):
       self.best = {"step": done, "val": found, "trainable": jax.tree.map(jnp.copy, self.run.trainable)}
 

@@ -16,9 +16,11 @@ from transferlab.data.lists import csv_file, list_files
 from transferlab.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
 from transferlab.data.memory import arrays, digits
 from transferlab.data.source import from_string, image_files
+from transferlab.data.suites import ENTRIES, SUITES
 from transferlab.data.tasks import BadImage, DataError, Split, Task, class_weights
 
 __all__ = [
-    "PRESETS", "Augmentation", "BadImage", "DataError", "EvalLoader", "Split", "Task", "TrainLoader", "arrays",
-    "check_images", "class_weights", "csv_file", "decode", "digits", "domain_folder", "eval_loader", "find_images",
-    "from_string", "image_files", "image_folder", "list_files", "normalise", "preprocess", "read_once", "train_loader"]
+    "ENTRIES", "PRESETS", "SUITES", "Augmentation", "BadImage", "DataError", "EvalLoader", "Split", "Task",
+    "TrainLoader", "arrays", "check_images", "class_weights", "csv_file", "decode", "digits", "domain_folder",
+    "eval_loader", "find_images", "from_string", "image_files", "image_folder", "list_files", "normalise",
+    "preprocess", "read_once", "train_loader"]

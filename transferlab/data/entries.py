@@ -12,7 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from transferlab.data import record
 from transferlab.data.tasks import DataError, Split, Task, _some
+
+
+DRAWS = ("seed", "trial")  # options that draw other splits of the same protocol
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,16 @@ def data_directory(path: str | os.PathLike = "") -> Path:
 
 def absent(entry: Entry, data_dir: Path) -> str:
   """One line: what is missing, what was expected, what to do."""
-  looked = f"{entry.name} is not in {data_dir}"
+  return "; ".join(filter(None, (f"{entry.name} is not in {data_dir}", how_to_get(entry, data_dir),
+                                 "or give another --data_dir")))
+
+
+def how_to_get(entry: Entry, data_dir: Path) -> str:
+  """What was expected, and what to do."""
   ways = [f"expected {entry.layout}"] if entry.layout else []
   if entry.builders:
     ways.append(f"prepare it with `transferlab data prepare {entry.name} --data_dir={data_dir} --download`")
-  return "; ".join([looked, *ways, *([entry.how] if entry.how else []), "or give another --data_dir"])
+  return "; ".join([*ways, *([entry.how] if entry.how else [])])
 
 
 def choose(entry: Entry, data_dir: Path, wanted: str = "") -> Source:
@@ -116,7 +125,8 @@ def open_entry(entry: Entry, data_dir: str | os.PathLike = "", phase: str = "", 
     options: those of the entry's `part`.
 
   Raises:
-    DataError: absent, incomplete, another version, another number of images or classes, unknown option.
+    DataError: absent, incomplete, another version, another number of images or classes, unknown option; or, with
+      default options, other examples than `transferlab data check` found earlier.
   """
   phase = phase or next(iter(entry.phases))
   if phase not in entry.phases:
@@ -128,24 +138,39 @@ def open_entry(entry: Entry, data_dir: str | os.PathLike = "", phase: str = "", 
                     f"{', '.join(['phase', 'source', 'counts', *entry.options])}")
   chosen = choose(entry, data_directory(data_dir), source)
   splits = {name: _named(entry.part(chosen, part, **options), name) for name, part in entry.phases[phase].items()}
-  names = tuple(entry.class_names(chosen))
-  if entry.num_classes not in (None, len(names)):
-    raise DataError(f"{entry.name} in {chosen.path} has {len(names)} classes; expected {entry.num_classes}; is it "
-                    "another data set, or a part of it?")
+  names = checked_names(entry, chosen)
   for name, part in entry.phases[phase].items():
     expected, found = entry.counts.get(part), len(splits[name])
     if counts == "expected" and expected not in (None, found):
       raise DataError(f"{entry.name}: {part} in {chosen.path} has {found} images; expected {expected}; complete the "
                       "data set, or take what is there with ?counts=any")
-  chosen_options = "".join(f", {key} {value}" for key, value in options.items())
+  if not options:
+    record.refuse_changed(data_directory(data_dir), entry.name, chosen.format,
+                          {part: splits[name] for name, part in entry.phases[phase].items()})
   used = " ".join(f"{name}={part}" for name, part in entry.phases[phase].items())
-  return Task(entry.name, names, splits, entry.domain_names, source=str(chosen),
-              protocol=f"{entry.protocol}, {phase}: {used}{chosen_options}", templates=entry.templates,
+  values = {name: options.get(name, parameter.default) for name, parameter in entry.options.items()}
+  draw = ", ".join(f"{name} {value}" for name, value in values.items() if name in DRAWS)
+  fixed = "".join(f", {name} {value}" for name, value in values.items() if name not in DRAWS)
+  return Task(entry.name, names, splits, entry.domain_names, source=_said(chosen), draw=draw,
+              protocol=f"{entry.protocol}, {phase}: {used}{fixed}", templates=entry.templates,
               test_classes=_present(splits) if entry.masked else ())
+
+
+def checked_names(entry: Entry, source: Source) -> tuple[str, ...]:
+  """The class names; raises `DataError` if they are not as many as expected."""
+  names = tuple(entry.class_names(source))
+  if entry.num_classes not in (None, len(names)):
+    raise DataError(f"{entry.name} in {source.path} has {len(names)} classes; expected {entry.num_classes}; is it "
+                    "another data set, or a part of it?")
+  return names
 
 
 def _named(split: Split, name: str) -> Split:
   return split.select(range(len(split)), name) if split.name != name else split
+
+
+def _said(source: Source) -> str:
+  return f"{source} ({source.remark})" if source.remark else str(source)
 
 
 def _present(splits: Mapping[str, Split]) -> tuple[int, ...]:

@@ -106,6 +106,7 @@ class Task:
     source: the form the data lay in, "array_record cifar100:3.0.2"; "" for data of one's own.
     protocol: the published protocol that the splits follow; "" for data of one's own. Published subsets are taken as
       they are: a class without an image is a remark there, not an error.
+    draw: what a seed drew of the splits, "seed 1": rows of other draws have other splits by design.
     templates: texts with {} for the class name, for backbones with a text tower.
     test_classes: the classes that the test split is evaluated among; () for all.
   """
@@ -115,6 +116,7 @@ class Task:
   domain_names: tuple[str, ...] = ()
   source: str = ""
   protocol: str = ""
+  draw: str = ""
   templates: tuple[str, ...] = ()
   test_classes: tuple[int, ...] = ()
 

@@ -1,0 +1,86 @@
+"""A suite of tasks, one run after another: every task that is present, with every seed.
+
+    workdir/<task>/seed_<seed>/     each a run as `train.fit` leaves it
+
+The same command goes on after an interruption: finished runs are not repeated, a run that was cut is resumed. Tasks
+that are absent are reported and left out; a run that fails is reported and the next one starts.
+"""
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from transferlab import data, experiment
+from transferlab.data import entries
+from transferlab.progress import say
+from transferlab.tree import nearest
+
+
+class Outcome(NamedTuple):
+  """What became of a suite: runs that stand, as ledger rows with their `path`; a line per absent task and per failure.
+  """
+  rows: list[dict]
+  absent: list[str]
+  failed: list[str]
+
+
+def run(suite: str, config: str, workdir, overrides: Mapping[str, str] | None = None, seeds: Sequence[int] = (0, 1, 2),
+        quiet: bool = False) -> Outcome:
+  """Trains on all tasks of a suite that are in the data directory.
+
+  Args:
+    suite: a name of `data.SUITES`.
+    config: a config file with its arguments, "configs/vtab.py:method=dtl". It has to take the arguments `task`, which
+      is given the task's name, and `seed`.
+    workdir: where the runs go.
+    overrides: as for `experiment.load`, the same for all runs.
+    seeds: of which each task is trained with each.
+
+  Raises:
+    ValueError: before the first run: an unknown suite, a configuration that cannot be read, no task present.
+  """
+  if suite not in data.SUITES:
+    raise ValueError(f"suite {suite!r} is unknown; nearest: {nearest(suite, data.SUITES)[0]}; all: "
+                     f"{', '.join(data.SUITES)}")
+  tell: Callable[[str], None] = (lambda message: None) if quiet else say
+  configs = {(name, seed): _load(config, overrides, name, seed) for name in data.SUITES[suite] for seed in seeds}
+  missing = {name: _missing(name, configs[name, seeds[0]]) for name in data.SUITES[suite]}
+  absent, present = list(filter(None, missing.values())), [name for name, line in missing.items() if not line]
+  for line in absent:
+    tell(f"left out: {line}")
+  if not present:
+    raise ValueError(f"none of the {len(absent)} tasks of {suite} can be read; first: {absent[0]}")
+  tell(f"{suite}: {len(present)} of {len(data.SUITES[suite])} tasks, seeds {', '.join(map(str, seeds))}")
+  rows, failed = [], []
+  runs = [(name, seed) for name in present for seed in seeds]
+  for number, (name, seed) in enumerate(runs, 1):
+    folder = Path(workdir) / name.replace("/", "_") / f"seed_{seed}"
+    tell(f"{number}/{len(runs)} {name}, seed {seed}: {folder}")
+    try:
+      rows.append({**experiment.run(configs[name, seed], folder, quiet).result, "path": str(folder)})
+    except (ValueError, RuntimeError, OSError) as error:  # what a user can mend; the next task may be fine
+      failed.append(f"{name}, seed {seed}: {' '.join(str(error).split())}")
+      tell(f"failed: {failed[-1]}")
+  return Outcome(rows, absent, failed)
+
+
+def _load(config: str, overrides: Mapping[str, str] | None, name: str, seed: int):
+  """The configuration of one run, checked as far as it can be without its data."""
+  given = config.partition(":")[2]
+  for argument in ("task", "seed"):
+    if f",{argument}=" in f",{given}":
+      raise ValueError(f"{config} names a {argument}; expected none, --suite and --seeds set it")
+  found = experiment.load(f"{config}{',' if given else ':' * (':' not in config)}task={name},seed={seed}",
+                          dict(overrides or {}))
+  if experiment.parse(found)[0].data.partition("?")[0] != name:
+    raise ValueError(f"{config} with task={name} reads data {found.data!r}; expected {name}; use the suite's own "
+                     "config file")
+  return found
+
+
+def _missing(name: str, config) -> str:
+  """One line if the task's files are not there or not whole, else nothing."""
+  try:
+    entries.choose(data.ENTRIES[name], entries.data_directory(config.data_dir))
+  except data.DataError as error:
+    return str(error)
+  return ""
