@@ -2,8 +2,9 @@
 
     transferlab train --config=configs/folder.py:data=folder:/path/to/images,method=dtl --workdir=runs/mine
 
-`data` also takes domains:/path?test_domain=sketch, list:/path?train=train.txt, csv:/file.csv and digits; `backbone` a
-zoo name, a weights file or folder, or hf:owner/name. Every other key is set after it, e.g. --config.optim.lr=3e-4.
+`data` also takes domains:/path?test_domain=sketch, list:/path?train=train.txt, classes:/path/of/lists, csv:/file.csv
+and digits; `backbone` a zoo name, a weights file or folder, or hf:owner/name. Every other key is set after it, e.g.
+--config.optim.lr=3e-4.
 """
 from transferlab.experiment import arguments, defaults
 

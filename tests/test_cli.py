@@ -159,6 +159,73 @@ def test_predict_with_an_image_that_cannot_be_read(place, run, tmp_path):
   assert code == 0 and err[0].startswith(f"skipped: {bad}") and out_file.read_text().count("\n") == 2
 
 
+def table_of(place, name, *rows, encoding="utf-8"):
+  (place / name).write_bytes("\r\n".join(["note;image", *rows, ""]).encode(encoding))
+  return f"--table={place / name}"
+
+
+def test_predict_adds_columns_to_a_table(place, run, tmp_path):
+  rows = ['"a;b";images\\bee\\0.jpg', "x;images/ant/1.jpg", ";", "again;images/bee/0.jpg"]
+  table = table_of(place, "photos.csv", *rows, encoding="utf-8-sig")
+  before = (place / "photos.csv").read_bytes()
+  code, out, err = run("predict", *served(place), table, f"--out={tmp_path / 'p.csv'}", "--top=2", "--batch_size=2")
+  assert code == 0 and not out, err
+  written = (tmp_path / "p.csv").read_bytes()
+  assert written.startswith("\ufeff".encode()) and written.count(b"\r\n") == 5
+  lines = written.decode("utf-8-sig").splitlines()
+  assert lines[0] == "note;image;predicted;probability;predicted_2;probability_2" and lines[3] == ";;;;;"
+  assert all(line.startswith(row + ";") for row, line in zip(rows, lines[1:]))
+  found = list(csv.DictReader(lines, delimiter=";"))
+  assert [row["predicted"] for row in found] == ["bee", "ant", "", "bee"] and found[0] != found[3]
+  assert found[0]["probability"] == found[3]["probability"] > found[0]["probability_2"]  # one image, one prediction
+  assert (place / "photos.csv").read_bytes() == before
+  code, out, err = run("predict", *served(place), f"--out={tmp_path / 'f.csv'}", "--top=2", place / "images/ant/1.jpg")
+  single = list(csv.DictReader((tmp_path / "f.csv").open()))
+  assert [found[1][k] for k in ("predicted", "predicted_2")] == [row["class"] for row in single]
+
+
+def test_predict_finds_the_column_and_the_root_of_a_table(place, run, tmp_path):
+  (tmp_path / "t.csv").write_text("photo\nbee/0.jpg\n")
+  flags = ("predict", *served(place), f"--table={tmp_path / 't.csv'}", f"--out={tmp_path / 'p.csv'}")
+  assert_error(*run(*flags)[::2], "expected image, file", "image_column=")
+  assert_error(*run(*flags, "--image_column=photo")[::2], str(tmp_path / "bee/0.jpg"), "no such file")
+  assert files(tmp_path) == {"t.csv"}
+  code, out, err = run(*flags, "--image_column=photo", f"--root={place / 'images'}")
+  assert code == 0 and (tmp_path / "p.csv").read_text().startswith("photo,predicted,probability\nbee/0.jpg,bee,0.")
+
+
+def test_predict_leaves_a_table_and_what_it_cannot_read_alone(place, run, tmp_path):
+  table = table_of(place, "t.csv", "x;images/bee/0.jpg", "y;images/lost.jpg", "z;")
+  out, bad = tmp_path / "p.csv", ("predict", *served(place), table, f"--out={tmp_path / 'p.csv'}")
+  assert_error(*run(*bad)[::2], "line 4 names no image", "--bad_images=skip")
+  code, _, err = run(*bad, "--bad_images=skip")
+  assert code == 0 and any("lost.jpg" in line for line in err)
+  assert [line.count(";") for line in out.read_text().splitlines()] == [3] * 4
+  assert out.read_text().splitlines()[2:] == ["y;images/lost.jpg;;", "z;;;"]
+  before = contents(place)
+  (place / "link.csv").symlink_to(place / "t.csv")
+  for target in ("t.csv", "link.csv"):
+    assert_error(*run("predict", *served(place), table, f"--out={place / target}")[::2], "is the table that is read")
+  (place / "link.csv").unlink()
+  again = ("predict", *served(place), f"--table={out}", f"--out={tmp_path / 'q.csv'}", f"--root={place}")
+  assert_error(*run(*again)[::2], "a column 'predicted' already", "rename")
+  assert_error(*run("predict", *served(place), table)[::2], "--out is missing")
+  assert_error(*run("predict", *served(place), table, "x.jpg", f"--out={out}")[::2], "unexpected argument 'x.jpg'")
+  assert_error(*run("predict", *served(place), "--root=x", "x.jpg")[::2], "--root are for --table=")
+  assert_error(*run(*bad[:-1], f"--out={tmp_path / 'none' / 'p.csv'}", "--bad_images=skip")[::2], "cannot write")
+  assert before == contents(place) and files(tmp_path) == {"p.csv"}
+
+
+def test_data_and_train_show_classes_that_differ_only_in_case(place, run, tmp_path):
+  rows = [f"images/{c}/{k}.jpg,{name}\n" for c, name in (("ant", "Bee"), ("bee", "bee")) for k in range(8)]
+  (place / "case.csv").write_text("image,label\n" + "".join(rows))
+  code, out, err = run("data", f"--data=csv:{place / 'case.csv'}")
+  assert code == 0 and "remark: classes 'Bee', 'bee' differ only in case" in out
+  code, out, err = run(*train_flags(place, f"csv:{place / 'case.csv'}"), f"--workdir={tmp_path / 'run'}",
+                       "--config.duration=1 steps")
+  assert code == 0 and any("'Bee', 'bee' differ only in case" in line for line in err)
+
+
 def test_info(run):
   code, out, err = run("info", "--backbone=vit_tiny_test", "--method=lora", "--options=rank=4,form=fused",
                        "--num_classes=10", "--batch_size=8", "--json")

@@ -240,6 +240,31 @@ def test_check_images_and_progress(folder):
   assert len(split) == 7 and len(problems) == 1 and split.keys[0] == "a/1.jpg"
 
 
+def test_images_that_go_straight_to_their_size_have_the_pixels_of_those_that_were_arrays(tmp_path):
+  """Loaders take Pillow's own image from a file, and the array that `read` gives from everything else."""
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (30, 44, 3), np.uint8)
+  turned = Image.Exif()
+  turned[0x0112] = 6
+  Image.fromarray(pixels).save(tmp_path / "0.jpg", exif=turned)
+  Image.fromarray(np.dstack([pixels, pixels[..., 0]])).save(tmp_path / "1.png")  # transparent
+  Image.fromarray(rng.integers(0, 65536, (30, 44), np.uint16)).save(tmp_path / "2.png")
+  Image.fromarray(pixels[..., 0]).save(tmp_path / "3.png")
+  Image.fromarray(np.tile(pixels[:3], (1, 3, 1))).save(tmp_path / "4.png")  # a strip
+  Image.fromarray(pixels).convert("P").save(tmp_path / "5.gif")
+  split = data.image_files(tmp_path)
+  arrays = data.Split("test", split.keys, split.labels, lambda row: split.read(row))
+  assert split.read(0).shape == (44, 30, 3) and split.picture(0).size == (30, 44)
+  assert np.array_equal(split.select([2, 0]).picture(1), split.read(0)) and isinstance(arrays.picture(0), np.ndarray)
+  for preprocessing in (P, Preprocessing(12, "bilinear", "center", 0.875), Preprocessing(13, "lanczos", "center")):
+    for cache in (True, False):
+      assert_same(*(list(eval_loader(s, preprocessing, batch_size=4, cache=cache)) for s in (split, arrays)))
+  for augmentation in ("crop_flip", HEAVY):
+    options = {"batch_size": 4, "seed": 0, "augmentation": augmentation, "num_classes": 1}
+    assert_same(take(train_loader(split, P, cache=False, **options), 4),
+                take(train_loader(arrays, P, cache=True, **options), 4))
+
+
 def test_auto_caches_within_its_budget_only(folder, monkeypatch):
   split = files(folder)
   sizes = sum(split.read(i).nbytes for i in range(8))
@@ -250,7 +275,7 @@ def test_auto_caches_within_its_budget_only(folder, monkeypatch):
     assert cache_lib.load(split, preprocessing, cache=False).images is None
   reads = []
   loader = train_loader(split, P, batch_size=4, seed=0)
-  monkeypatch.setattr("transferlab.data.files.decode", lambda path: reads.append(path))
+  monkeypatch.setattr("transferlab.data.files.picture", lambda path: reads.append(path))
   take(loader, 6)
   assert reads == []
 
@@ -301,9 +326,107 @@ def test_the_files_of_a_small_task_are_decoded_once(tmp_path, monkeypatch):
     Image.fromarray(np.full((9, 7, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
   paths = tuple(str(tmp_path / f"{i}.png") for i in range(6))
   split, decoded = data.Split("train", paths, np.arange(6) % 2, files_lib.FileReader(paths)), []
-  monkeypatch.setattr(files_lib, "decode", lambda path, decode=files_lib.decode: decoded.append(path) or decode(path))
+  picture = files_lib.picture
+  monkeypatch.setattr(files_lib, "picture", lambda path, content=None: decoded.append(path) or picture(path, content))
   kept, problems = data.read_once(split)
   pixels = [kept.read(i) for i in range(6)] + [kept.select([4]).read(0)]
   next(train_loader(kept, Preprocessing(8), batch_size=2, seed=0))
   assert sorted(decoded) == sorted(paths) and not problems and kept.hash() == split.hash()
   assert [int(p[0, 0, 0]) for p in pixels] == [0, 40, 80, 120, 160, 200, 160]
+
+
+# A batch of every domain
+
+def of_domains(sizes=(5, 9, 4), size=9):
+  """Random images of three classes; domains 0, 2, 3 ... of these sizes, mixed (there need not be a domain 1)."""
+  split = split_of(sum(sizes), size)
+  ids = np.repeat([0, *range(2, 1 + len(sizes))], sizes)
+  ids = np.random.default_rng(1).permutation(ids)
+  return data.Split("train", split.keys, split.labels, split.read, ids)
+
+
+def test_a_step_has_a_batch_of_every_domain_with_its_own_pixels():
+  split = of_domains()
+  loader = train_loader(split, P, batch_size=3, seed=0, per_domain=True)
+  assert loader.rows_per_step == 9 and loader.steps_per_epoch == 2  # 18 images
+  for b in take(loader, 10):
+    assert b["domain"].tolist() == [0] * 3 + [2] * 3 + [3] * 3 and (b["weight"] == 1).all()
+    assert {k: (v.dtype.name, v.shape) for k, v in b.items()} == {
+        "image": ("uint8", (9, 12, 12, 3)), "label": ("int32", (9,)), "weight": ("float32", (9,)),
+        "index": ("int32", (9,)), "domain": ("int32", (9,))}
+    assert np.array_equal(b["label"], split.labels[b["index"]])
+    assert np.array_equal(b["domain"], split.domains[b["index"]])
+    for image, row in zip(b["image"], b["index"]):
+      assert np.array_equal(image, preprocess(split.read(row), P))
+
+
+def test_every_domain_is_a_stream_of_passes_each_in_a_new_order():
+  """All its images before any comes again, and the small domain comes round more often."""
+  split = of_domains()
+  batches = take(train_loader(split, P, batch_size=3, seed=0, per_domain=True), 60)
+  for domain, size in ((0, 5), (2, 9), (3, 4)):
+    stream = np.concatenate([b["index"][b["domain"] == domain] for b in batches]).tolist()
+    passes = [stream[i:i + size] for i in range(0, len(stream) - size + 1, size)]
+    assert len(passes) == 180 // size and {tuple(sorted(p)) for p in passes} == {
+        tuple(np.flatnonzero(split.domains == domain).tolist())}
+    assert len({tuple(p) for p in passes}) > len(passes) / 2
+
+
+def test_domains_of_one_size_are_shuffled_independently():
+  batches = take(train_loader(of_domains((8, 8)), P, batch_size=8, seed=0, per_domain=True), 4)
+  split = of_domains((8, 8))
+  for b in batches:
+    ranks = [np.searchsorted(np.flatnonzero(split.domains == d), b["index"][b["domain"] == d]).tolist() for d in (0, 2)]
+    assert ranks[0] != ranks[1]
+
+
+def test_seeds_differ_between_runs_of_every_domain_and_the_same_seed_repeats():
+  def order(seed):
+    loader = train_loader(of_domains(), P, batch_size=2, seed=seed, per_domain=True)
+    return [b["index"].tolist() for b in take(loader, 4)]
+  assert order(0) == order(0) and order(0) != order(1)
+
+
+@pytest.mark.parametrize("stop", [1, 5])
+def test_batches_of_every_domain_resume_bit_for_bit(stop):
+  make = lambda: train_loader(of_domains(size=15), P, batch_size=2, seed=3, augmentation=HEAVY, num_classes=3,
+                              per_domain=True)
+  whole = take(make(), 9)
+  interrupted = make()
+  assert_same(take(interrupted, stop), whole[:stop])
+  state = json.loads(json.dumps(interrupted.get_state()))
+  resumed = make()
+  resumed.set_state(state)
+  assert_same(take(resumed, 9 - stop), whole[stop:])
+  other = train_loader(of_domains(size=15), P, batch_size=2, seed=3)
+  with pytest.raises(DataError, match="saved data position has per_domain True; this run has False"):
+    other.set_state(state)
+
+
+def test_workers_give_the_same_batches_of_every_domain():
+  make = lambda workers: train_loader(of_domains(size=15), P, batch_size=2, seed=3, augmentation=HEAVY, num_classes=3,
+                                      per_domain=True, workers=workers)
+  parallel = make(2)
+  assert_same(take(parallel, 5), take(make(0), 5))
+  parallel.close()
+
+
+def test_batches_of_every_domain_can_be_mixed():
+  augmentation = Augmentation(mixup=1.0)
+  b = take(train_loader(of_domains(), P, batch_size=3, seed=0, augmentation=augmentation, num_classes=3,
+                        per_domain=True), 1)[0]
+  assert b["soft_label"].shape == (9, 3) and np.allclose(b["soft_label"].sum(1), 1)
+  assert b["image"].dtype == np.float32 and not np.array_equal(b["image"], b["image"].round())
+
+
+def test_batches_of_every_domain_need_domains_that_are_large_enough(folder):
+  with pytest.raises(DataError, match="split 'train' has no domains, and one batch of every domain is asked for"):
+    train_loader(split_of(10), P, batch_size=2, seed=0, per_domain=True)
+  for batch_size in (5, 0):
+    with pytest.raises(DataError, match=rf"batch_size {batch_size} of every domain .* has 4 images; expected 1..4"):
+      train_loader(of_domains(), P, batch_size=batch_size, seed=0, per_domain=True)
+  train_loader(of_domains(), P, batch_size=4, seed=0, per_domain=True)
+  split = files(folder, spoil=["a/0.jpg"])
+  split = data.Split("train", split.keys, split.labels, split.read, np.arange(8) // 4)
+  with pytest.raises(DataError, match=r"smallest domain \(of 'a/1.jpg'\) has 3 images"):
+    train_loader(split, P, batch_size=4, seed=0, per_domain=True, bad_images="skip")

@@ -98,7 +98,7 @@ def test_a_method_object_in_memory(ran, tiny_weights, tmp_path, monkeypatch):
 def scripted(monkeypatch, *values):
   """Validation gives these (accuracy, loss) in turn."""
   given = iter(values)
-  found = lambda _: dict(zip(("accuracy", "loss"), next(given)), mean_per_class=0.0, examples=1)
+  found = lambda *_: dict(zip(("accuracy", "loss"), next(given)), mean_per_class=0.0, examples=1)
   monkeypatch.setattr(train, "scores", found)
 
 

@@ -19,6 +19,7 @@ USAGE = """usage: transferlab VERB [--flag=value …]      (transferlab VERB --h
   report    runs/vtab
   eval      --adapter=runs/mine/adapter.safetensors --data=folder:/images
   predict   --adapter=runs/mine/adapter.safetensors --out=predictions.csv image.jpg folder/
+  predict   --adapter=runs/mine/adapter.safetensors --table=photos.csv --out=predicted.csv
   info      --backbone=vit_b16 --method=dtl --num_classes=100
   convert   --backbone=weights.npz --out=weights.safetensors
   merge     --adapter=runs/mine/adapter.safetensors --out=merged.safetensors
@@ -201,15 +202,23 @@ def _class_names(path: str):
 
 
 def predict(argv: list[str]) -> None:
-  """Writes file, class and probability of images as CSV."""
+  """Writes file, class and probability of images as CSV, or adds them to the rows of a table."""
   values = _flags(adapter=("", "adapter.safetensors of a run"), backbone=_BACKBONE,
                   out=("", "CSV file; standard output if empty"), top=(1, "classes per image"),
+                  table=("", "CSV file with a column of images, to copy to --out with the predictions in new columns"),
+                  image_column=("", "that column's name, unless it is a usual one such as image or file"),
+                  root=("", "folder of the table's images, by default the table's own"),
                   batch_size=(32, "images at once"),
                   bad_images=("error", "error, or skip to leave out images that cannot be read"))
   paths = _parse(values, argv, "predict", files=True)
   _required(values, "adapter")
+  if values.table:
+    _predict_table(values, paths)
+    return
   if not paths:
-    raise ValueError("no images given; name image files or folders after the flags")
+    raise ValueError("no images given; name image files or folders after the flags, or a table with --table=")
+  if values.image_column or values.root:
+    raise ValueError("--image_column and --root are for --table=")
   from transferlab import data, serve
   from transferlab.files import atomic
   split = data.image_files(paths)
@@ -225,6 +234,18 @@ def predict(argv: list[str]) -> None:
       write(file)
   else:
     write(sys.stdout)
+
+
+def _predict_table(values: flags.FlagValues, paths: list[str]) -> None:
+  if paths:
+    raise ValueError(f"unexpected argument {paths[0]!r}; the images are those of the table")
+  if not values.out:
+    raise ValueError("--out is missing: the file for the table with its predictions")
+  from transferlab import data, serve
+  table = data.read_table(values.table)
+  serve.predict_table(serve.load(values.adapter, values.backbone), table, values.out,
+                      image_column=values.image_column or None, root=values.root or None, top=values.top,
+                      batch_size=values.batch_size, bad_images=values.bad_images)
 
 
 def info(argv: list[str]) -> None:
@@ -297,17 +318,11 @@ def data_verb(argv: list[str]) -> None:
                   download=(False, "prepare: fetch what is not there"),
                   file_format=("array_record", "prepare: array_record or tfrecord"))
   words = _parse(values, argv, "data", files=True)
-  action, names = (words[0], words[1:]) if words else ("", [])
   if not words:
     _required(values, "data")
   from transferlab import data_command
-  if bool(values.data) == bool(words) or words and action not in data_command.ACTIONS:
-    raise ValueError(f"transferlab data {action}: expected --data=folder:/images, or one of "
-                     f"{', '.join(data_command.ACTIONS)}, then names of tasks or suites")
-  if values.data:
-    data_command.describe(values.data, values.data_dir)
-  elif not (data_command.prepare(names, values.data_dir, values.download, values.file_format) if action == "prepare" else
-            data_command.take_stock(action, names, values.data_dir, values.accept and action == "check", values.json)):
+  given = {name: values[name].value for name in values if values[name].present}
+  if not data_command.run(words, **given):
     raise SystemExit(1)
 
 

@@ -1,6 +1,6 @@
 """Evaluation: every example counts once, the last partial batch included."""
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +16,16 @@ from transferlab.step import to_inputs
 
 
 class Evaluation(NamedTuple):
-  """Sums over a split. `confusion` [C, C]: true classes in rows; `loss`: mean cross-entropy; `logits` are not kept."""
+  """Sums over a split.
+
+  Fields:
+    confusion: [C, C], true classes in rows.
+    loss: mean cross-entropy.
+    domains: [D, 2], correct predictions and examples of each domain; D is 0 where the split has no domains.
+  """
   confusion: np.ndarray
   loss: float
+  domains: np.ndarray = np.zeros((0, 2), np.int64)
 
   @property
   def accuracy(self) -> float:
@@ -31,12 +38,20 @@ class Evaluation(NamedTuple):
   def plus(self, other: "Evaluation") -> "Evaluation":
     """Both together."""
     a, b = self.confusion.sum(), other.confusion.sum()
-    return Evaluation(self.confusion + other.confusion, (self.loss * a + other.loss * b) / max(a + b, 1))
+    domains = np.zeros((max(len(self.domains), len(other.domains)), 2), np.int64)
+    for each in (self.domains, other.domains):
+      domains[:len(each)] += each
+    return Evaluation(self.confusion + other.confusion, (self.loss * a + other.loss * b) / max(a + b, 1), domains)
 
   @property
   def per_class(self) -> np.ndarray:
     """[C], NaN for classes without examples."""
     return metrics.per_class_accuracy(self.confusion)
+
+  @property
+  def per_domain(self) -> dict[int, float]:
+    """Accuracy by domain, of the domains that have examples."""
+    return {d: float(correct / count) for d, (correct, count) in enumerate(self.domains) if count}
 
 
 def make_predict(method: Method, backbone: backbones.Backbone, preprocessing: Preprocessing) -> Callable:
@@ -45,7 +60,7 @@ def make_predict(method: Method, backbone: backbones.Backbone, preprocessing: Pr
       method, backbone, trainable, state, frozen, to_inputs(images, preprocessing)))
 
 
-def evaluate(logits_of: Callable, loader: data.EvalLoader, num_classes: int, *, mesh=None,
+def evaluate(logits_of: Callable, loader: data.EvalLoader, num_classes: int, *, among: Sequence[int] = (), mesh=None,
              quiet: bool = True) -> Evaluation:
   """Counts the predictions for everything a loader holds.
 
@@ -53,21 +68,30 @@ def evaluate(logits_of: Callable, loader: data.EvalLoader, num_classes: int, *, 
     logits_of: images [B, S, S, 3] uint8 -> logits [B, C]; called with batches of one size.
     loader: from `data.eval_loader`.
     num_classes: C.
+    among: the classes that compete, by index; the logits of others count as minus infinity. () for all.
     mesh: where batches go; one device by default.
   """
   mesh = mesh or devices.make_mesh(1)
   counts, losses, total = np.zeros((num_classes, num_classes), np.int64), 0.0, 0
+  of_split = loader.split.domains
+  domains = np.zeros((0 if of_split is None else of_split.max() + 1, 2), np.int64)
+  outside = np.setdiff1d(np.arange(num_classes), among) if among else []
   with Progress(len(loader), f"evaluating {loader.split.name}", quiet=quiet) as progress:
     for batch in loader:
       rows = batch["weight"] > 0
       logits = np.asarray(logits_of(devices.put_batch(batch, mesh)["image"]))[:len(rows)][rows]  # [b, C]
-      labels = batch["label"][rows]
-      counts += metrics.confusion(labels, logits.argmax(-1), num_classes)
+      if len(outside):
+        logits = logits.copy()
+        logits[:, outside] = -np.inf
+      labels, predictions = batch["label"][rows], logits.argmax(-1)
+      counts += metrics.confusion(labels, predictions, num_classes)
+      if "domain" in batch:
+        np.add.at(domains, batch["domain"][rows], np.stack([predictions == labels, np.ones_like(labels)], axis=-1))
       shifted = logits - logits.max(-1, keepdims=True)
       log_likelihood = shifted[np.arange(len(labels)), labels] - np.log(np.exp(shifted).sum(-1))
       losses, total = losses - float(log_likelihood.sum()), total + len(labels)
       progress.update()
-  return Evaluation(counts, losses / max(total, 1))
+  return Evaluation(counts, losses / max(total, 1), domains)
 
 
 def write_confusion(evaluation: Evaluation, class_names, folder) -> list[Path]:

@@ -13,12 +13,14 @@ class Recipe:
 
   Fields:
     duration: of each stage.
-    batch_size: global, whatever the number of devices.
+    batch_size: global, whatever the number of devices; with `per_domain`, of every training domain.
     optim: see `optim.Optim`.
     augmentation: a preset's name, see `data.Augmentation`.
     drop_path: stochastic depth of the last block; it acts in frozen blocks too.
     label_smoothing: share of the target spread over all classes.
     class_weights: "none", or "balanced" so that every class counts the same.
+    per_domain: a step takes `batch_size` images of every training domain, as DomainBed does, and `select` goes by the
+      mean of the domains' validation accuracies.
     drop_last: leave the last partial batch of each epoch out, as the papers do; else it is padded.
     dtype: of the backbone's computation, "float32", "bfloat16" or "auto" (float32 on CPU, else bfloat16). Heads and
       trainables are float32.
@@ -39,6 +41,7 @@ class Recipe:
   drop_path: float = 0.0
   label_smoothing: float = 0.0
   class_weights: str = "none"
+  per_domain: bool = False
   drop_last: bool = True
   dtype: str = "auto"
   remat: bool = False

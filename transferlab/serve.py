@@ -14,7 +14,7 @@ from transferlab.backbones.spec import Preprocessing
 from transferlab.backbones.weights import Weights, export_timm, load_weights
 from transferlab.checkpoint import check_backbone, load_adapter
 from transferlab.evaluate import Evaluation, evaluate as count, make_predict
-from transferlab.files import write_json
+from transferlab.files import atomic, write_json
 from transferlab.method import Method
 from transferlab.methods import classifier as head_lib
 from transferlab.progress import Progress, say
@@ -112,7 +112,10 @@ def _make(class_names, preprocessing, method, trainable, state, weights) -> Clas
 
 def evaluate(classifier: Classifier, task: data.Task, split: str = "test", *, batch_size: int = 64,
              bad_images: str = "error", quiet: bool = False) -> Evaluation:
-  """Counts a classifier's predictions on a split of a task, or on "all" of it; classes are matched by name."""
+  """Counts a classifier's predictions on a split of a task, or on "all" of it; classes are matched by name.
+
+  The test split of a task with `test_classes` is evaluated among those.
+  """
   unnamed = classifier.class_names == tuple(map(str, range(len(classifier.class_names))))
   if unnamed and not set(task.class_names) <= set(classifier.class_names):
     raise ValueError(f"this head's {len(classifier.class_names)} classes have no names and the data's are "
@@ -126,7 +129,8 @@ def evaluate(classifier: Classifier, task: data.Task, split: str = "test", *, ba
     loader = data.eval_loader(task.splits[name], classifier.preprocessing, batch_size=batch_size, bad_images=bad_images)
     for problem in loader.problems:
       say(f"skipped: {problem}")
-    found = count(classifier.logits, loader, len(classifier.class_names), quiet=quiet)
+    among = task.test_classes if name == "test" else ()
+    found = count(classifier.logits, loader, len(classifier.class_names), among=among, quiet=quiet)
     total = found if total is None else total.plus(found)
   return total
 
@@ -158,6 +162,38 @@ def predict_files(classifier: Classifier, files, *, top: int = 1, batch_size: in
         rows += [(name, classifier.class_names[c], float(probabilities[c])) for c in best]
       progress.update(len(files[i:i + batch_size]))
   return rows
+
+
+def predict_table(classifier: Classifier, table: data.Table, out, *, image_column: str | None = None, root=None,
+                  top: int = 1, batch_size: int = 32, bad_images: str = "error", quiet: bool = False) -> None:
+  """Writes a table with its rows and columns as they are and two more: predicted, probability.
+
+  With `top` > 1 predicted_2, probability_2 … follow. Images that cannot be read, or rows without one, get empty cells
+  with bad_images="skip".
+
+  Args:
+    table: from `data.read_table`; it needs no labels.
+    image_column, root: as for `data.csv_file`.
+
+  Raises:
+    ValueError: `out` is the table itself, or the table has such columns already; nothing is written then.
+  """
+  if os.path.exists(out) and os.path.samefile(out, table.path):
+    raise ValueError(f"{out} is the table that is read; give another file, the table stays as it is")
+  names = [name + (f"_{i + 1}" if i else "") for i in range(top) for name in ("predicted", "probability")]
+  if taken := sorted(set(names) & {name.strip() for name in table.header}):
+    raise ValueError(f"{table.path} has a column {taken[0]!r} already; rename or remove it")
+  files = table.images(image_column, root)
+  for line, row, file in zip(table.lines, table.rows, files):
+    if not file and any(map(str.strip, row)) and bad_images == "error":
+      raise data.DataError(f"{table.path} line {line} names no image; complete the row, or leave it without a "
+                           "prediction with --bad_images=skip")
+  with atomic(out) as temporary:
+    cells = {file: [] for file in files}
+    for file, label, probability in predict_files(classifier, [file for file in cells if file], top=top,
+                                                  batch_size=batch_size, bad_images=bad_images, quiet=quiet):
+      cells[file] += [label, f"{probability:.6f}"]
+    table.write(temporary, names, [cells[file] or [""] * len(names) for file in files])
 
 
 def merge(classifier: Classifier, out, *, tolerance: float = 1e-3) -> float:

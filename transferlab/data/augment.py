@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from transferlab.backbones.spec import INTERPOLATIONS, Preprocessing
-from transferlab.data.image import preprocess, resize
+from transferlab.data.image import cut, preprocess, resize, shape
 from transferlab.data.randaugment import parse_policy, rand_augment
 
 Range = tuple[float, float]  # low, high
@@ -122,8 +122,8 @@ def augment(image: np.ndarray, augmentation: Augmentation, preprocessing: Prepro
 def random_resized_crop(image: np.ndarray, size: int, rng: np.random.Generator, scale: Range = (0.08, 1.0),
                         ratio: Range = (3 / 4, 4 / 3), interpolation: str = "bicubic") -> np.ndarray:
   """A random part of uint8 [H, W, 3], resized to [size, size, 3]."""
-  top, left, height, width = crop_box(*image.shape[:2], rng, scale, ratio)
-  return resize(image[top:top + height, left:left + width], size, size, interpolation)
+  box = crop_box(*shape(image), rng, scale, ratio)
+  return resize(cut(image, *box), size, size, interpolation)
 
 
 def crop_box(height: int, width: int, rng: np.random.Generator, scale: Range, ratio: Range

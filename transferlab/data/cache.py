@@ -31,7 +31,7 @@ class Examples:
   problems: tuple[str, ...]
 
   def image(self, row: int) -> np.ndarray:
-    return self.split.read(row) if self.images is None else self.images[row]
+    return self.split.picture(row) if self.images is None else self.images[row]
 
 
 def check_images(split: Split, bad_images: str = "error", progress: Progress | None = None
@@ -114,7 +114,7 @@ def _decode_all(split: Split, preprocessing: Preprocessing | None, progress: Pro
                 ) -> Iterator[np.ndarray | BadImage]:
   def one(row: int) -> np.ndarray | BadImage:
     try:
-      image = split.read(row)
+      image = split.picture(row) if preprocessing else split.read(row)
     except BadImage as e:
       return e
     return preprocess(image, preprocessing) if preprocessing else image

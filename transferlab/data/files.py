@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from transferlab.data.tasks import BadImage
 
@@ -22,6 +22,14 @@ MAX_PIXELS = 89_478_485  # Pillow's own bound for a "decompression bomb": 256 Mi
 
 def decode(path: str | os.PathLike, content: bytes | None = None) -> np.ndarray:
   """Reads one image file, or its `content` that is already in memory and called `path`, as uint8 RGB [H, W, 3].
+
+  Raises `BadImage` as `picture` does.
+  """
+  return np.array(picture(path, content))  # [H, W, 3]
+
+
+def picture(path: str | os.PathLike, content: bytes | None = None) -> Image.Image:
+  """`decode` before Pillow's pixels become an array, for those who resize them at once.
 
   Raises:
     BadImage: the file is missing, empty, not an image, cut short, too large, or of a pixel type without a meaning as
@@ -53,6 +61,9 @@ class FileReader:
   def __call__(self, row: int) -> np.ndarray:
     return decode(self.paths[row])
 
+  def picture(self, row: int) -> Image.Image:
+    return picture(self.paths[row])
+
 
 def is_image(name: str) -> bool:
   """By suffix, upper case included. Hidden files, such as the `._photo.jpg` a Mac leaves behind, are none."""
@@ -61,12 +72,13 @@ def is_image(name: str) -> bool:
 
 def _upright(image: Image.Image) -> Image.Image:
   try:
-    return ImageOps.exif_transpose(image)
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
   except Exception:  # noqa: BLE001  a damaged EXIF block fails in many ways, and the pixels are fine without it
     return image
 
 
-def _to_rgb(image: Image.Image, path: str | os.PathLike) -> np.ndarray:
+def _to_rgb(image: Image.Image, path: str | os.PathLike) -> Image.Image:
   if image.mode.startswith("I"):
     return _grey16_to_rgb(np.asarray(image), path)
   if image.mode == "F":
@@ -74,15 +86,15 @@ def _to_rgb(image: Image.Image, path: str | os.PathLike) -> np.ndarray:
   if image.has_transparency_data:
     rgba = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-  return np.array(image.convert("RGB"))  # [H, W, 3]
+  return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _grey16_to_rgb(grey: np.ndarray, path: str | os.PathLike) -> np.ndarray:
+def _grey16_to_rgb(grey: np.ndarray, path: str | os.PathLike) -> Image.Image:
   grey = grey.astype(np.int64)  # [H, W]
   if grey.min() < 0 or grey.max() > 65535:
     raise BadImage(f"{path}: pixels from {grey.min()} to {grey.max()}; expected 8 or 16 bits")
   grey = ((grey + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257, to the nearest
-  return np.repeat(grey[:, :, None], 3, axis=2)
+  return Image.fromarray(grey).convert("RGB")
 
 
 def _start_of(path: str | os.PathLike, content: bytes | None) -> str:

@@ -8,20 +8,23 @@ from PIL import Image
 from transferlab.backbones.spec import Preprocessing
 
 
-def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-  """uint8 [H, W, 3] -> uint8 [S, S, 3], S = `preprocessing.image_size`.
+Picture = np.ndarray | Image.Image  # uint8 RGB [H, W, 3], or Pillow's of mode RGB
+
+
+def preprocess(image: Picture, preprocessing: Preprocessing) -> np.ndarray:
+  """[H, W, 3] -> uint8 [S, S, 3], S = `preprocessing.image_size`.
 
   Both sides become floor(S / crop_fraction) pixels with "squash", which ignores the aspect ratio; with "center" the
   shorter one does, the longer side rounded down. Then the centre is cut, as torchvision's Resize and CenterCrop do.
   """
   size = preprocessing.image_size
-  height, width = image.shape[:2]
+  height, width = shape(image)
   if preprocessing.crop == "center" and max(height, width) > 16 * min(height, width):
     # Only the centre of such a strip is looked at; resized whole it could take any amount of memory.
     keep = 16 * min(height, width)
-    top, left = max(0, height - keep) // 2, max(0, width - keep) // 2
-    image = image[top:top + keep, left:left + keep]
-    height, width = image.shape[:2]
+    height, width, top, left = (min(height, keep), min(width, keep), max(0, height - keep) // 2,
+                                max(0, width - keep) // 2)
+    image = cut(image, top, left, height, width)
   short = int(size / preprocessing.crop_fraction)
   scaled = max(short, short * height // min(height, width)), max(short, short * width // min(height, width))
   if preprocessing.crop == "squash":
@@ -31,10 +34,22 @@ def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
   return image[top:top + size, left:left + size]  # [S, S, 3]
 
 
-def resize(image: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
-  """uint8 [H, W, 3] -> uint8 [height, width, 3] by Pillow's filter of that name."""
-  filter_ = Image.Resampling[interpolation.upper()]
-  return np.asarray(Image.fromarray(image).resize((width, height), filter_))
+def shape(image: Picture) -> tuple[int, int]:
+  """H, W."""
+  return image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
+
+
+def cut(image: Picture, top: int, left: int, height: int, width: int) -> Picture:
+  """[height, width, 3] from row `top` and column `left` on."""
+  if isinstance(image, Image.Image):
+    return image.crop((left, top, left + width, top + height))
+  return image[top:top + height, left:left + width]
+
+
+def resize(image: Picture, height: int, width: int, interpolation: str) -> np.ndarray:
+  """[H, W, 3] -> uint8 [height, width, 3] by Pillow's filter of that name."""
+  picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+  return np.asarray(picture.resize((width, height), Image.Resampling[interpolation.upper()]))
 
 
 def normalise(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:

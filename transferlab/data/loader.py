@@ -1,6 +1,6 @@
 """Batches for training and evaluation, on grain: order, shuffling, randomness, workers and exact resume.
 
-Every batch is a dict of numpy arrays with B = batch_size rows:
+Every batch is a dict of numpy arrays with B = batch_size rows (as many of every domain, with per_domain):
   image        uint8 [B, S, S, 3], or float32 on the same 0..255 scale (erasing, mixup, cutmix); not normalised
   label        int32 [B]
   weight       float32 [B], 1, or 0 for rows that only fill up the last batch
@@ -12,22 +12,19 @@ why resuming, and any number of workers, give the same pixels.
 """
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from transferlab.backbones.spec import Preprocessing
 from transferlab.data import cache as cache_lib
-from transferlab.data.augment import Augmentation, augment, preset
-from transferlab.data.mix import mix, smooth_one_hot
+from transferlab.data.augment import Augmentation, preset
+from transferlab.data.batch import Augment, Batch, Collate, Mix, Rows, concatenate
 from transferlab.data.tasks import DataError, Split
-
-Batch = dict[str, np.ndarray]
 
 
 def train_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int, seed: int,
                  augmentation: Augmentation | str = "none", drop_last: bool = True, num_classes: int | None = None,
-                 workers: int = 0, cache: bool | str = "auto", bad_images: str = "error",
+                 workers: int = 0, per_domain: bool = False, cache: bool | str = "auto", bad_images: str = "error",
                  progress: cache_lib.Progress | None = None) -> "TrainLoader":
   """Batches without end, each epoch in a new order.
 
@@ -37,13 +34,18 @@ def train_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int,
     num_classes: C of `soft_label`; needed only where the augmentation makes soft labels.
     workers: processes; 0 uses threads of this one, which is enough unless heavy augmentation is the bottleneck. A
       script that asks for workers needs the `if __name__ == "__main__":` guard.
+    per_domain: a batch is `batch_size` rows of every domain, one domain after the other. Each domain is an endless
+      stream of its own, all its images once and then all again in a new order: a small domain comes round more often,
+      and `drop_last` has no meaning. (DomainBed draws with replacement instead.) An epoch is as many batches as show
+      as many images as the split has.
     cache: keep the decoded images in memory: True, False, or "auto", if they fit in 1 GiB. Preprocessed ones, or the
       originals where a random crop needs them.
     bad_images: "error" stops at unreadable images; "skip" leaves them out and lists them in `problems`.
     progress: called with (done, total) during the pass that decodes all images before the first batch.
 
   Raises:
-    DataError: a batch larger than the split (with drop_last), labels beyond num_classes, a class left without images.
+    DataError: a batch larger than the split (with drop_last) or than a domain (with per_domain), a split without
+      domains (with per_domain), labels beyond num_classes, a class left without images.
     BadImage: unreadable images, with bad_images="error".
   """
   augmentation = preset(augmentation) if isinstance(augmentation, str) else augmentation
@@ -58,12 +60,15 @@ def train_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int,
   if lost:
     raise DataError(f"after leaving out {len(examples.problems)} unreadable images, class {lost[0]} of split "
                     f"{split.name!r} has none; replace them: {examples.problems[0]}")
-  if batch_size < 1 or drop_last and batch_size > len(examples.split):
+  if per_domain:
+    _check_domains(examples.split, batch_size)
+  elif batch_size < 1 or drop_last and batch_size > len(examples.split):
     raise DataError(f"batch_size {batch_size} does not suit the {len(examples.split)} images of split {split.name!r}; "
                     f"expected 1..{len(examples.split)}; lower batch_size, or use drop_last=False")
   if not 0 <= seed < 2**32:
     raise ValueError(f"seed is {seed}; expected a whole number from 0 to {2**32 - 1}")
-  return TrainLoader(examples, preprocessing, augmentation, batch_size, seed, drop_last, num_classes, workers)
+  return TrainLoader(examples, preprocessing, augmentation, batch_size, seed, drop_last, num_classes, workers,
+                     per_domain)
 
 
 def eval_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int, workers: int = 0,
@@ -83,19 +88,26 @@ class TrainLoader:
     split: what is trained on: the given split without unreadable images.
     problems: one line per unreadable image.
     steps_per_epoch: batches in an epoch.
+    rows_per_step: rows of a batch: batch_size, or that of every domain.
   """
 
   def __init__(self, examples: cache_lib.Examples, preprocessing: Preprocessing, augmentation: Augmentation,
-               batch_size: int, seed: int, drop_last: bool, num_classes: int | None, workers: int):
+               batch_size: int, seed: int, drop_last: bool, num_classes: int | None, workers: int, per_domain: bool):
     self.split, self.problems = examples.split, examples.problems
-    rows = _dataset(examples).seed(seed).shuffle()
-    rows = rows.random_map(_Augment(preprocessing, augmentation, _resized(examples, augmentation)))
-    batches = rows.batch(batch_size, drop_remainder=drop_last, batch_fn=_Collate(batch_size))
+    pixels = Augment(preprocessing, augmentation, _resized(examples, augmentation))
+    domains = np.unique(self.split.domains) if per_domain else []
+    if per_domain:
+      batches = _of_every_domain(examples, domains, pixels, batch_size, seed)
+    else:
+      rows = _dataset(examples).seed(seed).shuffle().random_map(pixels)
+      batches = rows.batch(batch_size, drop_remainder=drop_last, batch_fn=Collate(batch_size))
     if augmentation.soft_labels:
-      batches = batches.random_map(_Mix(augmentation, num_classes))
-    self.steps_per_epoch = len(batches)
-    self._batches, self._workers = batches.repeat(), workers
-    self._identity = {"seed": seed, "batch_size": batch_size, "drop_last": drop_last, "split": self.split.hash()}
+      batches = batches.random_map(Mix(augmentation, num_classes))
+    self.rows_per_step = batch_size * max(1, len(domains))
+    self.steps_per_epoch = -(-len(self.split) // self.rows_per_step) if per_domain else len(batches)
+    self._batches, self._workers = batches if per_domain else batches.repeat(), workers
+    self._identity = {"seed": seed, "batch_size": batch_size, "drop_last": drop_last, "per_domain": per_domain,
+                      "split": self.split.hash()}
     self._step, self._batch_iterator = 0, None
 
   def __iter__(self) -> "TrainLoader":
@@ -141,8 +153,8 @@ class EvalLoader:
   def __init__(self, examples: cache_lib.Examples, preprocessing: Preprocessing, batch_size: int, workers: int):
     self.split, self.problems = examples.split, examples.problems
     nothing = Augmentation()
-    rows = _dataset(examples).seed(0).random_map(_Augment(preprocessing, nothing, _resized(examples, nothing)))
-    self._batches, self._workers = rows.batch(batch_size, batch_fn=_Collate(batch_size)), workers
+    rows = _dataset(examples).seed(0).random_map(Augment(preprocessing, nothing, _resized(examples, nothing)))
+    self._batches, self._workers = rows.batch(batch_size, batch_fn=Collate(batch_size)), workers
 
   def __len__(self) -> int:
     return len(self._batches)
@@ -151,66 +163,37 @@ class EvalLoader:
     return _iterate(self._batches, self._workers)
 
 
-@dataclass(frozen=True)
-class _Source:
-  """What grain reads: row -> the arrays of one example."""
-  examples: cache_lib.Examples
-
-  def __len__(self) -> int:
-    return len(self.examples.split)
-
-  def __getitem__(self, row: int) -> dict:
-    split = self.examples.split
-    example = {"image": self.examples.image(row), "label": split.labels[row], "weight": np.float32(1),
-               "index": self.examples.rows[row]}
-    return example if split.domains is None else {**example, "domain": split.domains[row]}
-
-
-@dataclass(frozen=True)
-class _Augment:
-  preprocessing: Preprocessing
-  augmentation: Augmentation
-  resized: bool
-
-  def __call__(self, example: dict, rng: np.random.Generator) -> dict:
-    return {**example, "image": augment(example["image"], self.augmentation, self.preprocessing, rng, self.resized)}
-
-
-@dataclass(frozen=True)
-class _Collate:
-  """Stacks examples and fills up to `batch_size` rows with zeros (index: -1)."""
-  batch_size: int
-
-  def __call__(self, examples: list[dict]) -> Batch:
-    batch = {name: np.stack([e[name] for e in examples]) for name in examples[0]}
-    missing = self.batch_size - len(examples)
-    if missing:
-      batch = {name: np.concatenate([v, np.full((missing, *v.shape[1:]), -1 if name == "index" else 0, v.dtype)])
-               for name, v in batch.items()}
-    return batch
-
-
-@dataclass(frozen=True)
-class _Mix:
-  """Adds `soft_label` and mixes the real rows among themselves; filling stays zero."""
-  augmentation: Augmentation
-  num_classes: int
-
-  def __call__(self, batch: Batch, rng: np.random.Generator) -> Batch:
-    a, real = self.augmentation, int(batch["weight"].sum())
-    image, soft = batch["image"], np.zeros((len(batch["label"]), self.num_classes), np.float32)  # [B, S, S, 3], [B, C]
-    soft[:real] = smooth_one_hot(batch["label"][:real], self.num_classes, a.label_smoothing)
-    image[:real], soft[:real] = mix(image[:real], soft[:real], rng, a.mixup, a.cutmix)
-    return {**batch, "image": image, "soft_label": soft}
-
-
 def _resized(examples: cache_lib.Examples, augmentation: Augmentation) -> bool:
   return examples.images is not None and not augmentation.random_resized_crop
 
 
-def _dataset(examples: cache_lib.Examples):
+def _dataset(examples: cache_lib.Examples, rows: np.ndarray | None = None):
   import grain  # imports jax where that is installed, which reading a folder's labels need not wait for
-  return grain.MapDataset.source(_Source(examples))
+  return grain.MapDataset.source(Rows(examples, np.arange(len(examples.split)) if rows is None else rows))
+
+
+def _of_every_domain(examples: cache_lib.Examples, domains: np.ndarray, pixels: Augment, batch_size: int, seed: int):
+  """Endless batches of `batch_size` rows from each domain; each is shuffled and augmented under a seed of its own."""
+  import grain
+  streams = []
+  for domain in domains.tolist():
+    own_seed = int(np.random.SeedSequence([seed, domain]).generate_state(1)[0])
+    rows = _dataset(examples, np.flatnonzero(examples.split.domains == domain))
+    rows = rows.seed(own_seed).shuffle().random_map(pixels).repeat()
+    streams.append(rows.batch(batch_size, batch_fn=Collate(batch_size)))
+  # Batches of the domains in turn, as many as there are domains at a time.
+  return grain.MapDataset.mix(streams).seed(seed).batch(len(streams), batch_fn=concatenate)
+
+
+def _check_domains(split: Split, batch_size: int) -> None:
+  if split.domains is None:
+    raise DataError(f"split {split.name!r} has no domains, and one batch of every domain is asked for; use data with "
+                    "domains, or per_domain=False")
+  domains, counts = np.unique(split.domains, return_counts=True)
+  if not 1 <= batch_size <= counts.min():
+    such = split.keys[np.flatnonzero(split.domains == domains[counts.argmin()])[0]]
+    raise DataError(f"batch_size {batch_size} of every domain does not suit split {split.name!r}, whose smallest "
+                    f"domain (of {such!r}) has {counts.min()} images; expected 1..{counts.min()}; lower batch_size")
 
 
 def _iterate(batches, workers: int) -> Iterator[Batch]:

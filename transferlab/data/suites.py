@@ -1,8 +1,8 @@
 """All published tasks by name, and the suites that are run and averaged as a whole."""
-from transferlab.data import domains, fewshot, finegrained, imagenet, mini, vtab
+from transferlab.data import coop, domains, fewshot, finegrained, imagenet, mini, vtab
 from transferlab.data.entries import Entry
 
-_MODULES = (vtab, domains, imagenet, fewshot, finegrained, mini)
+_MODULES = (vtab, domains, imagenet, fewshot, coop, finegrained, mini)
 
 # "vtab/dtd" -> its entry.
 ENTRIES: dict[str, Entry] = {entry.name: entry for module in _MODULES for entry in module.ENTRIES}

@@ -67,6 +67,10 @@ class Split:
         self, name=name or self.name, keys=tuple(self.keys[i] for i in rows), labels=self.labels[rows],
         read=_Subset(read, source_rows), domains=None if self.domains is None else self.domains[rows])
 
+  def picture(self, row: int):
+    """What `read` gives, for who resizes it: as Pillow's image, where the reader has it, two copies are saved."""
+    return _picture(self.read, row)
+
   def hash(self) -> str:
     """16 hex digits of SHA-256 over keys and labels, in order: which examples these are, not what their pixels are."""
     digest = hashlib.sha256()
@@ -95,6 +99,13 @@ class _Subset:
 
   def __call__(self, row: int) -> np.ndarray:
     return self.read(int(self.rows[row]))
+
+  def picture(self, row: int):
+    return _picture(self.read, int(self.rows[row]))
+
+
+def _picture(read: Callable[[int], np.ndarray], row: int):
+  return getattr(read, "picture", read)(row)
 
 
 @dataclass(frozen=True)

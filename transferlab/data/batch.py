@@ -1,0 +1,71 @@
+"""From rows of a split to batches: what the loaders have grain do. All of it pickles, for the worker processes."""
+from dataclasses import dataclass
+
+import numpy as np
+
+from transferlab.backbones.spec import Preprocessing
+from transferlab.data.augment import Augmentation, augment
+from transferlab.data.cache import Examples
+from transferlab.data.mix import mix, smooth_one_hot
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Rows:
+  """What grain reads: place in `rows` -> the arrays of one example."""
+  examples: Examples
+  rows: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def __getitem__(self, place: int) -> dict:
+    split, row = self.examples.split, self.rows[place]
+    example = {"image": self.examples.image(row), "label": split.labels[row], "weight": np.float32(1),
+               "index": self.examples.rows[row]}
+    return example if split.domains is None else {**example, "domain": split.domains[row]}
+
+
+@dataclass(frozen=True)
+class Augment:
+  """Turns an example's image into one of the backbone's size."""
+  preprocessing: Preprocessing
+  augmentation: Augmentation
+  resized: bool
+
+  def __call__(self, example: dict, rng: np.random.Generator) -> dict:
+    return {**example, "image": augment(example["image"], self.augmentation, self.preprocessing, rng, self.resized)}
+
+
+@dataclass(frozen=True)
+class Collate:
+  """Stacks examples and fills up to `batch_size` rows with zeros (index: -1)."""
+  batch_size: int
+
+  def __call__(self, examples: list[dict]) -> Batch:
+    batch = {name: np.stack([e[name] for e in examples]) for name in examples[0]}
+    missing = self.batch_size - len(examples)
+    if missing:
+      batch = {name: np.concatenate([v, np.full((missing, *v.shape[1:]), -1 if name == "index" else 0, v.dtype)])
+               for name, v in batch.items()}
+    return batch
+
+
+@dataclass(frozen=True)
+class Mix:
+  """Adds `soft_label` and mixes the real rows among themselves; filling stays zero."""
+  augmentation: Augmentation
+  num_classes: int
+
+  def __call__(self, batch: Batch, rng: np.random.Generator) -> Batch:
+    a, real = self.augmentation, int(batch["weight"].sum())
+    image, soft = batch["image"], np.zeros((len(batch["label"]), self.num_classes), np.float32)  # [B, S, S, 3], [B, C]
+    soft[:real] = smooth_one_hot(batch["label"][:real], self.num_classes, a.label_smoothing)
+    image[:real], soft[:real] = mix(image[:real], soft[:real], rng, a.mixup, a.cutmix)
+    return {**batch, "image": image, "soft_label": soft}
+
+
+def concatenate(batches: list[Batch]) -> Batch:
+  """One batch after the other, as one."""
+  return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
