@@ -1,10 +1,10 @@
 """Domain generalisation: train on all domains of a data set but one, test on that one; or on a shifted ImageNet.
 
     transferlab train --config=configs/domain_generalization.py:task=pacs/sketch,method=lora --workdir=runs/sketch
-    transferlab train --config=configs/domain_generalization.py:method=lora --suite=pacs --data_dir=/data --workdir=runs/pacs
+    transferlab train --config=configs/domain_generalization.py:method=lora --suite=pacs --workdir=runs/pacs
 
-Suites: pacs, vlcs, office_home, terra_incognita, domainnet, with DomainBed's seeded 80/20 cut of every domain (`seed` is
-its trial), one batch of every training domain in each step, and the step chosen on the training domains' 20 %. The
+Suites: pacs, vlcs, office_home, terra_incognita, domainnet, with DomainBed's seeded 80/20 cut of every domain (`seed`
+is its trial), one batch of every training domain in each step, and the step chosen on the training domains' 20 %. The
 published runs take 5,000 steps; their rates, of SGD on CLIP's heads, suit no other method and are not used here.
 imagenet_shift: 16 images of every ImageNet class, tested on -V2, -Sketch, -A and -R.
 """

@@ -152,7 +152,7 @@ def lists(images):
 
 
 def test_one_file_per_class(lists, images):
-  task = lists({"tulip.txt": "images/3.png\nimages/1.png\n", "Rose.TXT": "\ufeffimages/0.png\r\n\r\n images\\2.png\r\n",
+  task = lists({"tulip.txt": "images/3.png\rimages/1.png\r", "Rose.TXT": "\ufeffimages/0.png\r\n\r\n images\\2.png\r\n",
                 "._rose.txt": b"\0\xff", "notes.md": "x"})
   assert task.class_names == ("Rose", "tulip") and task.name == "classes"
   assert found(task) == [(0, "Rose"), (2, "Rose"), (3, "tulip"), (1, "tulip")] and task.check() == []

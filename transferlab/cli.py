@@ -102,7 +102,7 @@ def _train_suite(values: flags.FlagValues, overrides: dict[str, str]) -> None:
   outcome = suite.run(values.suite, values.config, values.workdir, overrides, [int(seed) for seed in seeds])
   if outcome.rows:
     split = "test" if all(row["test"] for row in outcome.rows) else "val"
-    _print_report(report_lib.report(outcome.rows, values.suite, split), f"{split} accuracy")
+    report_lib.show(report_lib.report(outcome.rows, values.suite, split), f"{split} accuracy")
   for line in outcome.absent:
     print(f"left out: {line}")
   if outcome.failed:
@@ -128,27 +128,7 @@ def report(argv: list[str]) -> None:
     scores = {method: {task: score._asdict() for task, score in each.items()} for method, each in found.scores.items()}
     print(json.dumps({**found._asdict(), "scores": scores}))
     return
-  _print_report(found, f"{values.split} {values.score}")
-
-
-def _print_report(found, title: str) -> None:
-  """A table of tasks by methods, its averages below a line, then the remarks."""
-  table = Table("task", *found.scores, title=f"{found.suite + ': ' if found.suite else ''}{title}")
-  for task in dict.fromkeys(task for scores in found.scores.values() for task in scores):
-    cells = [_cell(scores.get(task)) for scores in found.scores.values()]
-    table.add_row(escape(task), *cells)
-  table.add_section()
-  for name in dict.fromkeys(name for averages in found.averages.values() for name in averages):
-    table.add_row(name, *(f"{averages[name]:.4f}" if name in averages else "" for averages in found.averages.values()))
-  Console().print(table)
-  for remark in found.remarks:
-    print(f"remark: {remark}")
-
-
-def _cell(score) -> str:
-  if score is None:
-    return ""
-  return f"{score.mean:.4f}" + (f" ± {score.std:.4f} ({score.seeds})" if score.std is not None else " (1)")
+  report_lib.show(found, f"{values.split} {values.score}")
 
 
 def evaluate(argv: list[str]) -> None:

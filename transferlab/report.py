@@ -10,6 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from transferlab import config, data, metrics
 from transferlab.tree import nearest
 
@@ -18,7 +22,7 @@ OF_A_TASK = ("backbone_hash", "image_size", "preprocessing", "method", "options"
              "dtype", "form", "split_hash", "pixels")
 # What tasks that enter one average share. Learning rates and a method's options may be a task's own, as published.
 OF_A_SUITE = ("backbone_hash", "image_size", "preprocessing", "method", "protocol", "recipe.duration",
-              "recipe.batch_size", "recipe.augmentation", "recipe.select", "dtype", "pixels_from")
+              "recipe.batch_size", "recipe.per_domain", "recipe.augmentation", "recipe.select", "dtype", "pixels_from")
 # Different libraries are no reason to refuse, but one to say so.
 REMARKED = ("versions", "device")
 SCORES = ("accuracy", "mean_per_class", "loss")
@@ -113,6 +117,25 @@ def report(rows: Sequence[dict], suite: str = "", split: str = "test", score: st
   remarks += [f"{name} differ between the runs" for name in REMARKED if len({_text(row, name) for row in rows}) > 1]
   remarks += [f"allowed to differ: {name}" for name in allow]
   return Report(scores, averages, suite, remarks)
+
+
+def show(found: Report, title: str) -> None:
+  """Prints tasks by methods, the averages below a line, then the remarks."""
+  table = Table("task", *found.scores, title=f"{found.suite + ': ' if found.suite else ''}{title}")
+  for task in dict.fromkeys(task for scores in found.scores.values() for task in scores):
+    table.add_row(escape(task), *(_cell(scores.get(task)) for scores in found.scores.values()))
+  table.add_section()
+  for name in dict.fromkeys(name for averages in found.averages.values() for name in averages):
+    table.add_row(name, *(f"{averages[name]:.4f}" if name in averages else "" for averages in found.averages.values()))
+  Console().print(table)
+  for remark in found.remarks:
+    print(f"remark: {remark}")
+
+
+def _cell(score: Score | None) -> str:
+  if score is None:
+    return ""
+  return f"{score.mean:.4f}" + (f" ± {score.std:.4f} ({score.seeds})" if score.std is not None else " (1)")
 
 
 def _check_task(what: str, rows: list[dict], allow: Sequence[str]) -> None:

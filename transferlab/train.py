@@ -96,8 +96,8 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   test = None
   if "test" in task.splits:
     known = folder and folder.result()  # a finished run keeps its numbers: the test split is opened once
-    test = known["test"] if known else last.scores(trainable, state, last.eval_loader(task.splits["test"]),
-                                                       task.test_classes)
+    test = known["test"] if known else last.scores(
+        trainable, state, last.eval_loader(task.splits["test"]), task.test_classes)
   result, adapter = ledger_row(asked, weights, task, final, last, test), None
   result["seconds"] = round(time.monotonic() - began, 2)
   if folder:
@@ -149,6 +149,12 @@ def scores(evaluation, domain_names=(), among=()) -> dict:
   return {**found, "among": len(among)} if among else found
 
 
+def criterion(recipe: Recipe, task: data.Task) -> str:
+  """The score of the validation split that `select` goes by."""
+  domains = task.splits["val"].domains if recipe.per_domain and "val" in task.splits else None
+  return "accuracy" if domains is None or len(set(domains.tolist())) < 2 else "mean_over_domains"
+
+
 def readable(task: data.Task, bad_images: str, tell, quiet: bool) -> data.Task:
   """The task without images that cannot be read; each is named. With bad_images="error" the first such split stops.
 
@@ -186,8 +192,7 @@ class Stage:
         augmentation=augmentation(recipe), drop_last=recipe.drop_last, num_classes=self.num_classes,
         workers=recipe.workers, per_domain=recipe.per_domain)
     self.val_loader = self.eval_loader(task.splits["val"]) if "val" in task.splits else None
-    domains = self.val_loader.split.domains if recipe.per_domain and self.val_loader else None
-    self.criterion = "accuracy" if domains is None or len(set(domains.tolist())) < 2 else "mean_over_domains"
+    self.criterion = criterion(recipe, task)
     per_epoch, B = self.loader.steps_per_epoch, self.loader.rows_per_step
     self.total = config.resolve_steps(recipe.duration, per_epoch, B, None, "duration", positive=True)
     steps = lambda name: config.resolve_steps(getattr(recipe, name), per_epoch, B, self.total, name, positive=True)
