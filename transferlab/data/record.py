@@ -93,15 +93,14 @@ def refuse_changed(data_dir: Path, task: str, form: str, splits: Mapping[str, Sp
   """Raises `DataError` if parts (name -> split) have other examples than at the last check; reads no image."""
   if (old := read(data_dir, task, form)) is None:
     return
-  changes = differences(old.parts, {name: Part(len(s), s.hash()) for name, s in splits.items() if name in old.parts})
+  changes = differences(old.parts, {name: Part(len(split), split.hash()) for name, split in splits.items()})
   if changes:
     raise DataError(f"{task} in {data_dir} has changed since {old.date}: {'; '.join(changes)}; {mend(data_dir, task)}")
 
 
 def mend(data_dir: Path, task: str) -> str:
   """What to do about a set that has changed."""
-  return ("restore it, or if that was meant: "
-          f"transferlab data check {task} --data_dir={data_dir} --accept")
+  return f"restore it, or if that was meant: transferlab data check {task} --data_dir={data_dir} --accept"
 
 
 def _read(file: Path) -> dict:
