@@ -10,7 +10,8 @@ from PIL import Image
 
 import fake_tfds
 from engine import write_images
-from transferlab import cli, data_command
+from transferlab import cli
+from transferlab.commands import datasets
 from transferlab.data import from_string, image_folder, inventory, record, suites
 from transferlab.data.entries import Entry, Source, open_entry
 from transferlab.data.tasks import BadImage, DataError
@@ -371,7 +372,7 @@ def test_json(run):
 @pytest.mark.parametrize("width, table", [(200, True), (80, False)])
 def test_a_table_where_there_is_room(run, monkeypatch, width, table):
   from rich.console import Console
-  monkeypatch.setattr(data_command, "Console", lambda: Console(width=width, force_terminal=True))
+  monkeypatch.setattr(datasets, "Console", lambda: Console(width=width, force_terminal=True))
   out = run("list", "own")[1]
   assert ("───" in out) == table and "own/insects" in out and "[" not in out.replace("\x1b[", "")
 

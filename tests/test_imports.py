@@ -18,8 +18,9 @@ PACKAGE = ROOT / "transferlab"
 
 LAYERS = [  # from the top to the bottom; modules of one layer do not import each other
     "cli quickstart",
+    "commands",
     "suite report",
-    "experiment serve inform testing data_command",
+    "experiment serve inform testing",
     "train",
     "evaluate checkpoint cost workdir",
     "step recipe",
@@ -40,7 +41,7 @@ ONLY = {  # library: the only modules that may import it
     "tensorflow": r"nothing",
     "torch": r"nothing",
     "huggingface_hub": r"backbones\.weights\..*",
-    "ml_collections": r"experiment|cli",
+    "ml_collections": r"experiment",
     "matplotlib": r"evaluate|inform",
     "sklearn": r"data\.memory|pretraining\..*",
 }
