@@ -5,18 +5,20 @@
 
 Suites: pacs, vlcs, office_home, terra_incognita, domainnet, with DomainBed's seeded 80/20 cut of every domain (`seed`
 is its trial), one batch of every training domain in each step, and the step chosen on the training domains' 20 %. The
-published runs take 5,000 steps; their rates, of SGD on CLIP's heads, suit no other method and are not used here.
+published runs take 5,000 steps, squash test images to a square, as here, and augment validation images, too; their
+rates, of SGD on CLIP's heads, suit no other method and are not used here.
 imagenet_shift: 16 images of every ImageNet class, tested on -V2, -Sketch, -A and -R.
 """
-from transferlab.experiment import arguments, defaults
+from transferlab.experiment import arguments, defaults, published
 
 
 def get_config(text=None):
-  arg = arguments(text, task="pacs/sketch", method="linear", backbone="vit_formula64", counts="expected", seed=0)
+  arg = arguments(text, task="pacs/sketch", method="linear", backbone="vit_formula64", source="", counts="expected",
+                  seed=0)
   imagenet = arg.task.startswith("imagenet/")
-  draw = "seed" if imagenet else "trial"
-  config = defaults(arg.method, data=f"{arg.task}?{draw}={arg.seed}&counts={arg.counts}", backbone=arg.backbone,
-                    seed=arg.seed)
+  data = f"{published(arg, 'pacs', 'source', 'counts')}&{'seed' if imagenet else 'trial'}={arg.seed}"
+  config = defaults(arg.method, data=data, backbone=arg.backbone, seed=arg.seed,
+                    preprocessing="" if imagenet else "crop=squash")
   config.duration = "5000 steps"
   config.batch_size = 32
   config.evaluate_every = "300 steps"

@@ -9,15 +9,14 @@ of the images and of the training. "fewshot/" chooses the step on val every 10 e
 last step. A task without a slash is one of NOAH's. The rates are starting points: those published go by data set and
 shots, and are not used here.
 """
-from transferlab.experiment import arguments, defaults
+from transferlab.experiment import arguments, defaults, published
 
 
 def get_config(text=None):
   arg = arguments(text, task="oxford_pets", method="linear", backbone="vit_formula64", shots=16, phase="final",
-                  counts="expected", seed=0)
-  name = arg.task if "/" in arg.task else f"fewshot/{arg.task}"
-  coop = name.startswith("coop/")
-  config = defaults(arg.method, data=f"{name}?shots={arg.shots}&seed={arg.seed}&phase={arg.phase}&counts={arg.counts}",
+                  source="", counts="expected", seed=0)
+  coop = arg.task.startswith("coop/")
+  config = defaults(arg.method, data=published(arg, "fewshot", "shots", "seed", "phase", "source", "counts"),
                     backbone=arg.backbone, seed=arg.seed)
   config.duration = "100 epochs"
   config.batch_size = 32

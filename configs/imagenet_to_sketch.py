@@ -6,14 +6,13 @@
 The default phase trains on everything but test and takes the last step. `phase=tune` keeps a fifth of that (or the
 set's own val) to choose on, and has no test. The rates are starting points, not published ones.
 """
-from transferlab.experiment import arguments, defaults
+from transferlab.experiment import arguments, defaults, published
 
 
 def get_config(text=None):
-  arg = arguments(text, task="oxford_flowers", method="linear", backbone="vit_formula64", phase="final",
+  arg = arguments(text, task="oxford_flowers", method="linear", backbone="vit_formula64", phase="final", source="",
                   counts="expected", seed=0)
-  name = arg.task if "/" in arg.task else f"i2s/{arg.task}"
-  config = defaults(arg.method, data=f"{name}?phase={arg.phase}&counts={arg.counts}", backbone=arg.backbone,
+  config = defaults(arg.method, data=published(arg, "i2s", "phase", "source", "counts"), backbone=arg.backbone,
                     seed=arg.seed)
   config.duration = "30 epochs"
   config.batch_size = 64

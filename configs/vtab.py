@@ -5,15 +5,16 @@
 
 The default phase trains on the 1,000 images of train800val200 and reports the last step on test, as published.
 `phase=tune` trains on 800, chooses the step on the other 200 and has no test: for choosing hyper-parameters.
+`source=list` (or array_record, tfrecord) chooses where several forms lie; `counts=any` takes an incomplete set.
 Images are squashed to a square and not augmented, as published; range, mean and std are those of the weights.
 """
-from transferlab.experiment import arguments, defaults
+from transferlab.experiment import arguments, defaults, published
 
 
 def get_config(text=None):
-  arg = arguments(text, task="dtd", method="linear", backbone="vit_formula64", phase="final", counts="expected", seed=0)
-  name = arg.task if "/" in arg.task else f"vtab/{arg.task}"
-  config = defaults(arg.method, data=f"{name}?phase={arg.phase}&counts={arg.counts}", backbone=arg.backbone,
+  arg = arguments(text, task="dtd", method="linear", backbone="vit_formula64", phase="final", source="",
+                  counts="expected", seed=0)
+  config = defaults(arg.method, data=published(arg, "vtab", "phase", "source", "counts"), backbone=arg.backbone,
                     preprocessing="crop=squash", seed=arg.seed)
   config.duration = "100 epochs"
   config.batch_size = 32

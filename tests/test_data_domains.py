@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from transferlab import data
-from transferlab.data import ENTRIES, SUITES, DataError, domains, tfds
+from transferlab.data import ENTRIES, SUITES, DataError, domains, inventory, tfds
 
 GOLDEN = Path(__file__).parent / "golden" / "lfa_and_clip" / "domainbed_splits.json"
 PACS = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
@@ -96,13 +96,23 @@ def test_the_held_out_domain_is_never_seen_and_a_fifth_of_the_others_validates(d
     assert len(set(keys)) == len(keys) and set(task.splits["test"].domains) == {held_out}
 
 
+def test_a_changed_set_is_noticed_in_every_trial(data_dir):
+  list(inventory.checked([ENTRIES["vlcs/sun09"]], data_dir, accept=True))
+  for trial in ("", "&trial=0", "&trial=1"):
+    data.from_string(f"vlcs/sun09?counts=any{trial}", data_dir)
+  next((data_dir / "VLCS" / "LabelMe").rglob("*.*")).unlink()
+  for trial in ("", "&trial=0", "&trial=1"):
+    with pytest.raises(DataError, match="vlcs/sun09 in .* has changed since"):
+      data.from_string(f"vlcs/sun09?counts=any{trial}", data_dir)
+
+
 def test_the_phase_whole_tests_on_the_whole_domain_and_says_so(data_dir):
   usual, whole = (data.from_string(f"vlcs/sun09?counts=any{phase}", data_dir) for phase in ("", "&phase=whole"))
   assert len(usual.splits["test"]) == 11 and len(whole.splits["test"]) == 13
   assert set(usual.splits["test"].keys) < set(whole.splits["test"].keys)
   assert usual.splits["train"].hash() == whole.splits["train"].hash()
-  assert usual.protocol == "DomainBed, final: train=train val=val test=test"
-  assert whole.protocol == "DomainBed, whole: train=train val=val test=whole"
+  assert usual.protocol.startswith("DomainBed, final: train=train val=val test=test, incomplete (31 of 5958 train")
+  assert whole.protocol.startswith("DomainBed, whole: train=train val=val test=whole, incomplete (")
 
 
 def test_all_domains_at_once_test_on_the_out_parts_and_choose_on_a_second_cut(data_dir):
@@ -150,7 +160,7 @@ def test_sizes_are_those_of_the_literature_and_what_a_part_really_has():
 
 
 def test_a_part_of_another_size_is_an_error_unless_any_is_fine(data_dir):
-  with pytest.raises(DataError, match="train in .*VLCS has 31 images; expected 5958; complete the data set, or .*any"):
+  with pytest.raises(DataError, match="VLCS has 31 of 5958 train images, .*; complete the data set, or .*any"):
     data.from_string("vlcs/sun09", data_dir)
 
 
@@ -241,6 +251,12 @@ def domainnet(tmp_path_factory):
     for d, builder in enumerate(domains.BUILDERS):
       fake_tfds.prepare(builder.name, root, {"train": 10 + d, "test": 6}, form, seed=d)
   return roots
+
+
+def test_every_task_says_where_it_is_looked_for():
+  assert all(entry.layout for entry in data.ENTRIES.values())
+  assert "domainnet/{clipart,infograph,painting,quickdraw,real,sketch}/1.0.0/" in (
+      data.ENTRIES["domainnet_tfds/real"].layout)
 
 
 def test_domainnet_by_tfds_has_its_own_test_parts(domainnet):

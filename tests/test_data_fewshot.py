@@ -12,7 +12,7 @@ from engine import write_images
 from PIL import Image
 
 from transferlab import data, experiment
-from transferlab.data import coop, fewshot, suites
+from transferlab.data import coop, fewshot, inventory, suites
 from transferlab.data.fewshot import few_shot
 from transferlab.data.tasks import DataError, Split
 from transferlab.data.templates import IMAGENET_ENSEMBLE, RENAMES, TEMPLATES, readable
@@ -195,13 +195,26 @@ def test_noah_tuning_never_sees_the_test_list(pets):
 
 
 def test_noah_published_size_is_checked(pets):
-  with pytest.raises(DataError, match=r"test in .* has 74 images; expected 3669"):
+  with pytest.raises(DataError, match="74 of 3669 test images"):
     data.from_string("fewshot/oxford_pets?shots=1&seed=0", pets)
 
 
 def test_noah_shots_without_a_list_name_those_there(pets):
   with pytest.raises(DataError, match="no train_meta.list.num_shot_16.seed_0; it has shots=1 with seed 0, 2; shots=2"):
     data.from_string("fewshot/oxford_pets", pets)
+
+
+def test_an_image_with_two_labels_in_one_list(pets):
+  path = pets / "few-shot" / "oxford-pets" / "annotations" / "test_meta.list"
+  path.write_text("\na cat_0_4.jpg 0\na cat_1_4.jpg 1\n./a cat_0_4.jpg 3\n")
+  with pytest.raises(DataError, match=r"test_meta\.list gives a cat_0_4\.jpg the label 0 in line 2 and 3 in line 4;"):
+    data.from_string("fewshot/oxford_pets?shots=1&counts=any", pets)
+
+
+def test_a_check_takes_lists_that_are_there(pets):
+  row, = inventory.checked([data.ENTRIES["fewshot/oxford_pets"]], pets, accept=True)
+  assert row.state == "checked", row
+  assert "of shots=2 with seed 2, since there is no list for shots=16 with seed 0" in row.notes
 
 
 def test_noah_label_out_of_range_names_file_and_line(pets):
@@ -441,7 +454,7 @@ def test_aircraft_wrong_line(aircraft, line):
 @pytest.mark.parametrize("name", ["variants.txt", "images_variant_test.txt"])
 def test_aircraft_lists_that_are_no_text(aircraft, name):
   (aircraft / "fgvc_aircraft" / name).write_bytes(b"\xff\xfe\x00")
-  with pytest.raises(DataError, match=f"cannot read .*{name}"):
+  with pytest.raises(DataError, match=f"{name} is UTF-16 or no text; expected "):
     data.from_string("coop/fgvc_aircraft?counts=any", aircraft)
 
 

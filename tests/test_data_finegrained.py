@@ -101,7 +101,7 @@ def test_shots_of_a_published_set(prepared):
 
 
 def test_published_sizes_are_checked(prepared):
-  with pytest.raises(DataError, match="inca/cub200: trainval .* has 1000 images; expected 5994"):
+  with pytest.raises(DataError, match="inca/cub200 in .* has 1000 of 5994 trainval images"):
     data.from_string("inca/cub200", prepared)
 
 

@@ -2,7 +2,10 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -185,6 +188,15 @@ def test_whatever_a_reader_raises_is_a_problem_of_its_set(place, error):
   assert row.state == "problem" and "cut short" in row.notes[0]
 
 
+@pytest.mark.parametrize("rows", [inventory.listed, inventory.checked])
+def test_a_folder_that_cannot_be_listed_is_a_problem_of_its_set(place, rows):
+  def refuse(folder):
+    raise PermissionError(errno.EACCES, "Permission denied", str(folder / "bees"))
+  bad, good = rows([changed(name="own/bees", find=refuse), ENTRY], place)
+  assert (bad.task, bad.state, good.wrong) == ("own/bees", "problem", False)
+  assert bad.notes == (f"[Errno 13] Permission denied: '{place / 'bees'}'",)
+
+
 def test_a_label_out_of_range(place):
   def wrong(source, name):
     split = part(source, name)
@@ -228,9 +240,66 @@ def test_a_changed_set_is_reported_until_it_is_accepted(place, change, says):
   assert row.notes[1].endswith(f"transferlab data check own/insects --data_dir={place} --accept")
   assert check(place).state == "changed", "telling does not make it right"
   accepted = check(place, accept=True)
-  assert accepted.state == ("problem" if change is remove_image else "checked")
+  assert accepted.state == "checked"
   assert check(place).state == accepted.state and listed(place).hash == accepted.hash
   assert (accepted.hash == before.hash) == (change is encode_again)
+
+
+def test_an_unexpected_number_of_images_is_a_problem_until_it_is_accepted(place):
+  remove_image(place)
+  says = "test has 11 images, expected 12; complete the data set, or take what is there with ?counts=any"
+  assert check(place).notes == (says,) and check(place).state == "problem"
+  assert listed(place).notes == ("not checked",)
+  remark = "accepted with 11 of 12 test images; open it with ?counts=any"
+  row = check(place, accept=True)
+  assert (row.state, row.wrong, row.notes) == ("checked", False, (remark,))
+  row = check(place)
+  assert (row.state, row.wrong, row.notes) == ("checked", False, (remark,))
+  row = listed(place)
+  assert (row.state, row.wrong, row.notes[1:], row.counts["test"]) == ("present", False, (remark,), (11, 12))
+  with pytest.raises(DataError, match="11 of 12 test images"):
+    open_entry(ENTRY, place)
+  (place / "insects" / "test" / "ant" / "1.jpg").unlink()
+  row = check(place)
+  assert row.state == "changed" and "test has 10 images, had 11; test has 10 images, expected 12" in row.notes[0]
+
+
+def test_a_part_that_nobody_accepted_is_a_problem_beside_an_accepted_one(place):
+  remove_image(place)
+  check(place, changed(phases={"tune": {"test": "test"}}), accept=True)
+  (place / "insects" / "train" / "ant" / "1.jpg").unlink()
+  row = check(place)
+  assert row.state == "problem" and row.notes[0].startswith("train has 23 images, expected 24; complete")
+  assert check(place, accept=True).notes == (
+      "accepted with 23 of 24 train images, 11 of 12 test images; open it with ?counts=any",)
+
+
+def test_remarks_on_the_task_are_there_whatever_else_is_wrong(place):
+  twins = changed(part=lambda source, name: part(source, "train"))
+  overlap = "24 images are in both train and test"
+  row = check(place, twins)
+  assert row.state == "problem" and row.notes[1:] == (overlap,)
+  check(place)
+  row = check(place, twins)
+  assert row.state == "changed" and row.notes[2:] == (overlap,)
+
+
+def test_lists_of_other_shots_than_the_default_ones(place):
+  """What is checked is what is there, under a record of its own; the default lists, once there, are another set."""
+  opened = []
+  def drawn(source, name, shots: int = 16, seed: int = 0):
+    opened.append((shots, seed))
+    return part(source, name)
+  entry = changed(find=lambda folder: [Source("list", folder / "insects")], part=drawn)
+  for shots, seed in ((1, 0), (4, 1), (4, 2)):
+    (place / "insects" / f"train_meta.list.num_shot_{shots}.seed_{seed}").touch()
+  remark = "of shots=4 with seed 2, since there is no list for shots=16 with seed 0"
+  row = check(place, entry)
+  assert (row.state, row.notes, set(opened)) == ("checked", (remark,), {(4, 2)})
+  assert listed(place, entry).notes[1:] == (remark,)
+  (place / "insects" / "train_meta.list.num_shot_16.seed_0").touch()
+  assert listed(place, entry).notes == ("not checked",)
+  assert check(place, entry).notes == () and opened[-1] == (16, 0)
 
 
 def test_a_version_is_named_only_where_examples_differ(place):
@@ -261,10 +330,14 @@ def test_opening_a_changed_task_is_refused(place):
     open_entry(ENTRY, place)
   with pytest.raises(DataError, match="has changed"):
     open_entry(ENTRY, place, counts="any")
-  assert len(open_entry(ENTRY, place, flip=True).splits["test"]) == 12, "other options draw other splits"
+  with pytest.raises(DataError, match="has changed"):
+    open_entry(ENTRY, place, flip=False)
+  with pytest.raises(DataError, match="has changed"):
+    open_entry(ENTRY, place, flip=True)  # draws other splits, from a set that is another
   assert "test" not in open_entry(changed(phases={"tune": {"train": "train"}}), place).splits, "its parts are the same"
   check(place, accept=True)
   assert open_entry(ENTRY, place).split_hash() != task.split_hash()
+  assert len(open_entry(ENTRY, place, flip=True).splits["test"]) == 12, "other draws of an unchanged set are fine"
 
 
 def test_opening_reads_no_pixels(place):
@@ -359,6 +432,26 @@ def test_exit_status_and_accept(run, place):
   assert run("list", "own")[0] == 0 and run("check", "own", "--accept")[0] == 0 and run("check", "own")[0] == 0
   remove_test(place)
   assert run("list", "own")[0] == run("check", "own")[0] == 1
+
+
+@pytest.mark.parametrize("spoil, status", [(remove_image, 0), (damage_image, 1)])
+def test_images_that_cannot_be_read_give_a_status(run, place, spoil, status):
+  spoil(place)
+  found, out, _ = run(f"--data=folder:{place / 'insects'}")
+  assert found == status and ("skipped: " in out) == bool(status) and "split hash" in out
+
+
+def test_a_reader_that_leaves_is_no_error(place):
+  """As in `| head`. Of a long line nothing is kept in the buffer, a short one comes up at the end."""
+  code = ("from transferlab import cli; from transferlab.commands import datasets; "
+          "datasets.run = lambda *_, **__: print('x' * {}) or {}; cli.main(['transferlab', 'data', 'list'])")
+  environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+  for size, well in ((1, True), (1_000_000, True), (1, False)):
+    with subprocess.Popen([sys.executable, "-c", code.format(size, well)], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env=environment) as process:
+      process.stdout.close()
+      assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
 def test_json(run):

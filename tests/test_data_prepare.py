@@ -2,6 +2,7 @@
 
 A tiny builder stands for the real ones, a server on this machine for the network; TensorFlow is in no process here.
 """
+import errno
 import hashlib
 import http.server
 import json
@@ -263,7 +264,7 @@ def test_a_version_or_a_set_that_tfds_does_not_have(tmp_path, name, version):
 
 def test_a_data_directory_that_is_a_file(tmp_path):
   (tmp_path / "file").touch()
-  with pytest.raises(Problem, match="cannot make tiny_fetch:1.0.0 .*Not a directory"):
+  with pytest.raises(Problem, match=r"^cannot write to .*file/downloads/manual \(Not a directory\); make it wri"):
     prepare_one.prepare("tiny_fetch", "1.0.0", tmp_path / "file")
 
 
@@ -418,8 +419,21 @@ def test_bad_arguments(tmp_path):
   with pytest.raises(DataError, match="file_format is 'riegeli'; expected array_record or tfrecord"):
     next(prepare.prepare([ANT], tmp_path, file_format="riegeli"))
   (tmp_path / "file").touch()
-  with pytest.raises(DataError, match="cannot be made .*; give another --data_dir"):
+  with pytest.raises(DataError, match=r"cannot write to data directory .*below \(Not a dir.*\); give another --"):
     next(prepare.prepare([ANT], tmp_path / "file" / "below"))
+
+
+def test_a_data_directory_that_cannot_be_written_is_said_before_the_first_builder(tmp_path, child, monkeypatch):
+  child("raise SystemExit('started')")
+  def refuse(dir):
+    raise OSError(errno.EROFS, "Read-only file system")
+  monkeypatch.setattr(prepare.tempfile, "TemporaryFile", refuse)
+  there = entry("own/fish", found=[Source("folder", tmp_path)])
+  outcomes = prepare.prepare([ANT, BEE, there], tmp_path)
+  assert next(outcomes).state == "already there", "which needs no writing"
+  with pytest.raises(DataError, match=rf"^cannot write to data directory {tmp_path} \(Read-only file system\); give "):
+    next(outcomes)
+  assert not list(outcomes)
 
 
 # The command

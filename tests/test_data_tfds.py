@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from fake_tfds import frame, prepare
 
-from transferlab.data import files, tfds
+from transferlab.data import ENTRIES, files, from_string, tfds, tfds_info
 from transferlab.data.tasks import DataError, Task
 
 BUILDERS = """caltech101:3.0.2 cifar100:3.0.2 dtd:3.0.1 oxford_flowers102:2.1.1 oxford_iiit_pet:4.0.0
@@ -267,11 +267,36 @@ def test_missing_shards_are_counted(cifar, file_format):
   folder = cifar(file_format)
   (folder / f"cifar100-train.{file_format}-00001-of-00003").unlink()
   source = source_of(folder.parents[1])
-  assert f"lacks 1 of 7 files ('cifar100-train.{file_format}-00001-of-00003'); complete the copy" in source.problem
-  with pytest.raises(DataError, match="lacks 1 of 7 files"):
+  assert f"lacks 1 of 8 files ('cifar100-train.{file_format}-00001-of-00003'); complete the copy" in source.problem
+  with pytest.raises(DataError, match="lacks 1 of 8 files"):
     tfds.records(source, "train")
   (folder / "features.json").unlink()
-  assert "lacks 2 of 7 files" in source_of(folder.parents[1]).problem
+  assert "lacks 2 of 8 files" in source_of(folder.parents[1]).problem
+
+
+def test_a_copy_without_its_class_names_is_half_a_set(cifar):
+  """TFDS would call the classes "0", "1", ...; that is how they are called only where a set has no names."""
+  folder = cifar("array_record")
+  (folder / "label.labels.txt").unlink()
+  assert "lacks 1 of 8 files ('label.labels.txt'); complete the copy" in source_of(folder.parents[1]).problem
+  with pytest.raises(DataError, match="cifar100/3.0.2 lacks 1 of 8 files .'label.labels.txt'"):
+    from_string("vtab/cifar100?counts=any", folder.parents[1])
+
+
+def test_a_file_of_class_names_that_was_cut(cifar):
+  file = cifar("array_record") / "label.labels.txt"
+  file.write_text("".join(file.read_text().splitlines(keepends=True)[:40]))
+  with pytest.raises(DataError, match="cannot be read .*expected|has 40 classes; expected 100"):
+    from_string("vtab/cifar100?counts=any", file.parents[2])
+
+
+def test_which_sets_have_class_names_is_as_tfds_has_it(tmp_path):
+  import tensorflow_datasets
+  late = {"cifar100", "stanford_dogs"}  # read from the archive, while they are prepared
+  for builder in sorted({builder for entry in ENTRIES.values() for builder in entry.builders}):
+    feature = dict(tensorflow_datasets.builder(builder, data_dir=tmp_path).info.features).get("label")
+    name = re.split("[/:]", builder)[0]
+    assert (name in tfds_info.NAMED) == (name in late or getattr(feature, "_str2int", None) is not None), builder
 
 
 def edit(folder, **changes):

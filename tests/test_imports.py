@@ -19,7 +19,8 @@ PACKAGE = ROOT / "transferlab"
 LAYERS = [  # from the top to the bottom; modules of one layer do not import each other
     "cli quickstart",
     "commands",
-    "suite report",
+    "suite",
+    "report",
     "experiment serve inform testing",
     "train",
     "evaluate checkpoint cost workdir",

@@ -100,14 +100,37 @@ def test_both_file_formats_of_tfds_are_one_form():
 
 def test_a_seed_may_draw_other_splits_but_not_the_same_draw():
   report.report([row(seed=0, draw="seed 0"), row(seed=1, draw="seed 1", split_hash="other", pixels="other")])
+  same = [row(seed=0, draw="seed 1"), row(seed=1, draw="seed 1", split_hash="other")]
   with pytest.raises(report.Unlike, match="split_hash"):
-    report.report([row(seed=0, draw="seed 1"), row(seed=1, draw="seed 1", split_hash="other")])
+    report.report(same)
+  with pytest.raises(report.Unlike, match="split_hash"):
+    report.report([*same, row(seed=2, draw="seed 2", split_hash="third")])
 
 
 def test_methods_are_compared_on_the_same_inputs_only():
   report.report([row(), changed(row(method="lora"), "recipe.duration", "20 epochs")])
   with pytest.raises(report.Unlike, match="the methods differ in backbone_hash"):
     report.report([row(), row(method="lora", backbone_hash="b1")])
+  for name in ("split_hash", "pixels"):
+    with pytest.raises(report.Unlike, match=f"the methods on vtab/dtd differ in {name}"):
+      report.report([row(), row("vtab/svhn"), row(method="lora", **{name: "other"})])
+  drawn = {"draw": "seed 1", "split_hash": "drawn", "pixels": "drawn"}
+  report.report([row(), row(seed=1, **drawn), row(method="lora"), row(method="lora", seed=1, **drawn)])
+
+
+def test_unlike_tasks_stand_beside_each_other_where_nothing_is_averaged():
+  found = report.report([row("vtab/dtd"), row("vtab/svhn", image_size=384)], average=False)
+  assert set(found.scores["dtl"]) == {"vtab/dtd", "vtab/svhn"} and found.averages == {"dtl": {}}
+  with pytest.raises(report.Unlike):
+    report.report([row(seed=0), row(seed=1, image_size=384)], average=False)
+
+
+@pytest.mark.parametrize("task, source, where", [
+    ("vtab/dtd", "list", "extracted copies"), ("vtab/dtd", "list (extracted images)", "extracted copies"),
+    ("vtab/dtd", "tfrecord dtd:3.0.1", "originals"), ("mini/coil_azimuth", "list", "originals"),
+    ("mine", "", "originals")])
+def test_extracted_copies_are_told_from_originals(task, source, where):
+  assert report.pixels_from(task, source) == where
 
 
 def test_what_is_allowed_to_differ_is_named():

@@ -90,7 +90,8 @@ def test_a_task_that_is_not_whole_is_left_out_with_the_reason(place):
 
 @pytest.mark.parametrize("changes, message", [
     ({"suite": "toyss"}, "suite 'toyss' is unknown; nearest: toys"),
-    ({"overrides": {"data_dir": "/nowhere"}}, "none of the 3 tasks of toys can be read; first: toy/one is not in"),
+    ({"overrides": {"data_dir": "/nowhere"}}, "none of the 3 tasks of toys .*first: toy/one: data directory /nowhere"),
+    ({"overrides": {"data_dir": "/nowhere", "seed": "5"}}, "with seed=0 trains with seed 5; .*leave config.seed to"),
     ({"overrides": {"optim.lrr": "1"}}, "no key 'optim.lrr'")])
 def test_mistakes_stop_before_the_first_run(place, changes, message):
   with pytest.raises(ValueError, match=message):

@@ -60,7 +60,8 @@ def test_what_a_run_leaves(ran, tiny_weights):
   assert result["test"]["examples"] == 14 and result["val"]["examples"] == 10
   assert result["steps"] == 40 and result["selected_step"] in range(5, 41, 5)
   assert result["trainable"] == result["trainable_without_classifier"] + 17 * 4
-  assert result["versions"].keys() >= {"transferlab", "jax", "flax", "optax", "numpy"}
+  assert result["versions"].keys() >= {"transferlab", "jax", "flax", "optax", "numpy", "pillow",
+                                       "tensorflow-datasets"}
   also = ("seconds", "train_peak_bytes", "train_flops", "device", "devices", "dtype", "config_hash", "class_names")
   assert all(result[field] for field in also)
 
@@ -360,11 +361,24 @@ def test_images_that_cannot_be_read(tmp_path, tiny_weights, capsys):
   skip = recipe(batch_size=4, duration="1 steps", bad_images="skip")
   run = fit(tiny_weights, "linear", data.image_folder(root), skip, workdir=tmp_path / "run")
   assert "skipped: " in capsys.readouterr().err and sum(run.result["examples"].values()) == 17
+  assert "without 1 unreadable" in run.result["protocol"], "rows on fewer images are not averaged with others"
   for image in (root / "ant").iterdir():
     image.write_bytes(b"text")
   with pytest.raises(data.DataError, match="'ant'|split"):
     fit(tiny_weights, "linear", data.image_folder(root), skip, workdir=tmp_path / "other")
   assert not (tmp_path / "other").exists()
+
+
+def test_a_finished_run_is_recognised_before_its_images_are_decoded(tmp_path, tiny_weights, monkeypatch):
+  task = data.image_folder(write_images(tmp_path / "images"))
+  asked = recipe(batch_size=4, duration="1 steps")
+  first = fit(tiny_weights, "linear", task, asked, workdir=tmp_path / "run", quiet=True)
+  monkeypatch.setattr(train, "readable", lambda *_: pytest.fail("decoded again"))
+  again = fit(tiny_weights, "linear", task, asked, workdir=tmp_path / "run", quiet=True)
+  assert again.result == first.result
+  (tmp_path / "run" / "adapter.safetensors").unlink()  # as if killed before the end: it is run to the end once more
+  monkeypatch.undo()
+  assert fit(tiny_weights, "linear", task, asked, workdir=tmp_path / "run", quiet=True).adapter.exists()
 
 
 # Progress

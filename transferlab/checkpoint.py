@@ -27,8 +27,9 @@ MAX_DEPTH = 256  # of a backbone that a file's header describes
 
 
 def versions() -> dict:
-  """Versions of what computed a result."""
-  return {name: metadata.version(name) for name in ("transferlab", "jax", "flax", "optax", "numpy")}
+  """Versions of what computed a result, decoders of its images included."""
+  return {name: metadata.version(name) for name in (
+      "transferlab", "jax", "flax", "optax", "numpy", "pillow", "tensorflow-datasets")}
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------------------------

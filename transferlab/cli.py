@@ -40,8 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     if verb not in VERBS:
       from transferlab.tree import nearest
       raise ValueError(f"verb {verb!r} is unknown; nearest: {nearest(verb, VERBS)[0]}; all: {', '.join(VERBS)}")
-    VERBS[verb]([f"transferlab {verb}", *argv[2:]])
+    _run(verb, argv[2:])
   except (ValueError, OSError, RuntimeError, flags.Error) as error:
+    if isinstance(error, BrokenPipeError) and _unread():
+      raise SystemExit(1) from None
     if os.environ.get("TRANSFERLAB_TRACEBACK"):
       raise
     hint = ""
@@ -55,6 +57,26 @@ def main(argv: list[str] | None = None) -> None:
   except KeyboardInterrupt:
     print("stopped" + "; the same command resumes from the last checkpoint" * (verb == "train"), file=sys.stderr)
     raise SystemExit(130) from None
+
+
+def _run(verb: str, argv: list[str]) -> None:
+  """Runs a verb; all that it prints is out at its end, also where that is a status."""
+  try:
+    VERBS[verb]([f"transferlab {verb}", *argv])
+  except SystemExit:
+    sys.stdout.flush()
+    raise
+  sys.stdout.flush()
+
+
+def _unread() -> bool:
+  """Whether who read standard output has gone, as `head` does; what is left to be written is then dropped."""
+  try:
+    print(flush=True)  # a flush alone succeeds where the line that failed was too long to be kept
+    return False
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 if __name__ == "__main__":

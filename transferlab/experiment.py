@@ -81,6 +81,15 @@ def arguments(text: str | None, **known) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(values)
 
 
+def published(arg: ml_collections.ConfigDict, prefix: str, *options: str) -> str:
+  """The data of a suite's task, "vtab/dtd?phase=final", from a config file's arguments: `task`, and those in `options`.
+
+  A task without a slash is one of those under `prefix`.
+  """
+  name = arg.task if "/" in arg.task else f"{prefix}/{arg.task}"
+  return f"{name}?{'&'.join(f'{option}={arg[option]}' for option in options)}"
+
+
 def load(text: str, overrides: dict[str, str] | None = None) -> ml_collections.ConfigDict:
   """The configuration of a file, "configs/folder.py:data=digits", changed by overrides such as {"optim.lr": "1e-3"}.
 

@@ -20,6 +20,7 @@ from transferlab.tree import nearest
 # What rows of one task and method share; only the seed, and what it draws, may differ.
 OF_A_TASK = ("backbone_hash", "image_size", "preprocessing", "method", "options", "protocol", "recipe", "steps",
              "dtype", "form", "split_hash", "pixels")
+OF_A_DRAW = ("form", "split_hash", "pixels")  # of these, what a seed that draws the splits may change
 # What tasks that enter one average share. Learning rates and a method's options may be a task's own, as published.
 OF_A_SUITE = ("backbone_hash", "image_size", "preprocessing", "method", "protocol", "recipe.duration",
               "recipe.batch_size", "recipe.per_domain", "recipe.augmentation", "recipe.select", "dtype", "pixels_from")
@@ -78,7 +79,7 @@ def read(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[dict]:
 
 
 def report(rows: Sequence[dict], suite: str = "", split: str = "test", score: str = "accuracy",
-           allow: Sequence[str] = ()) -> Report:
+           allow: Sequence[str] = (), average: bool = True) -> Report:
   """Scores by method and task, and the suite's averages.
 
   Args:
@@ -87,6 +88,7 @@ def report(rows: Sequence[dict], suite: str = "", split: str = "test", score: st
     split: "test" or "val".
     score: "accuracy", "mean_per_class" or "loss".
     allow: fields that may differ all the same, such as "recipe.optim"; the remarks name them.
+    average: over tasks, too; without, tasks and methods stand beside each other unlike as they may be.
 
   Raises:
     Unlike: rows differ in a field that they have to share, or are the same run twice.
@@ -94,7 +96,7 @@ def report(rows: Sequence[dict], suite: str = "", split: str = "test", score: st
   """
   if split not in ("val", "test") or score not in SCORES:
     raise ValueError(f"split is {split!r} and score {score!r}; expected val or test, and one of {', '.join(SCORES)}")
-  rows = [{**row, "form": _form(row["source"]), "pixels_from": _pixels_from(row["source"])} for row in rows]
+  rows = [{**row, "form": _form(row["source"]), "pixels_from": pixels_from(row["task"], row["source"])} for row in rows]
   tasks = list(dict.fromkeys(row["task"] for row in rows))
   suite = suite or _suite_of(tasks)
   names = _tasks_of(suite) if suite else tasks
@@ -107,13 +109,14 @@ def report(rows: Sequence[dict], suite: str = "", split: str = "test", score: st
     groups = {task: group for task, group in groups.items() if group}
     for task, group in groups.items():
       _check_task(f"{method} on {task}", group, allow)
-    _check_alike(f"the tasks of {method}", [group[0] for group in groups.values()], OF_A_SUITE, allow)
     scores[method] = {task: _score(group, split, score) for task, group in groups.items()}
-    averages[method] = _averages(suite, names, {task: found.mean for task, found in scores[method].items()})
+    averages[method] = {}
+    if average:
+      _check_alike(f"the tasks of {method}", [group[0] for group in groups.values()], OF_A_SUITE, allow)
+      averages[method] = _averages(suite, names, {task: found.mean for task, found in scores[method].items()})
     remarks += _remarks(method, names, scores[method])
-  if len(scores) > 1:  # methods are compared on the same inputs; their recipes are their own
-    fields = [f for f in OF_A_SUITE if f not in ("method",) and not f.startswith("recipe")]
-    _check_alike("the methods", [next(r for r in rows if r["method"] == m) for m in scores], fields, allow)
+  if average:
+    _check_methods(rows, tasks, allow)
   remarks += [f"{name} differ between the runs" for name in REMARKED if len({_text(row, name) for row in rows}) > 1]
   remarks += [f"allowed to differ: {name}" for name in allow]
   return Report(scores, averages, suite, remarks)
@@ -139,16 +142,31 @@ def _cell(score: Score | None) -> str:
 
 
 def _check_task(what: str, rows: list[dict], allow: Sequence[str]) -> None:
-  drawn = len({row.get("draw", "") for row in rows}) > 1
-  fields = [name for name in OF_A_TASK if not (drawn and name in ("split_hash", "pixels"))]
-  _check_alike(what, [{**row, "recipe": {k: v for k, v in row["recipe"].items() if k != "seed"}} for row in rows],
-               fields, allow)
+  """Rows of one method on one task."""
+  rows = [{**row, "recipe": {k: v for k, v in row["recipe"].items() if k != "seed"}, "seed": row["recipe"].get("seed")}
+          for row in rows]
+  _check_alike(what, rows, [name for name in OF_A_TASK if name not in OF_A_DRAW], allow)
+  _check_images(what, rows, allow)
   seen = {}
   for row in rows:
-    key = (row["recipe"].get("seed"), row.get("draw", ""))
+    key = (row["seed"], row.get("draw", ""))
     if key in seen:
       raise Unlike(f"{what}: seed {key[0]} is there twice, in {seen[key]} and {row['path']}; report one of them")
     seen[key] = row["path"]
+
+
+def _check_methods(rows: list[dict], tasks: list[str], allow: Sequence[str]) -> None:
+  """Methods are compared on the same inputs; their recipes are their own."""
+  fields = [name for name in OF_A_SUITE if name != "method" and not name.startswith("recipe")]
+  _check_alike("the methods", list({row["method"]: row for row in reversed(rows)}.values())[::-1], fields, allow)
+  for task in tasks:
+    _check_images(f"the methods on {task}", [row for row in rows if row["task"] == task], allow)
+
+
+def _check_images(what: str, rows: list[dict], allow: Sequence[str]) -> None:
+  """A draw's rows have the same images, whoever trained on them; other draws have others by design."""
+  for draw in dict.fromkeys(row.get("draw", "") for row in rows):
+    _check_alike(what, [row for row in rows if row.get("draw", "") == draw], OF_A_DRAW, allow)
 
 
 def _check_alike(what: str, rows: list[dict], fields: Iterable[str], allow: Sequence[str]) -> None:
@@ -183,9 +201,9 @@ def _form(source: str) -> str:
   return f"tfds {version}" if form in ("array_record", "tfrecord") else form
 
 
-def _pixels_from(source: str) -> str:
-  """Extracted files are often JPEG copies of the arrays that TFDS has: ten points on CIFAR-100."""
-  return "tfds" if _form(source).startswith("tfds ") else "files"
+def pixels_from(task: str, source: str) -> str:
+  """VTAB-1k's extracted images are often JPEG copies of the arrays that TFDS has: ten points on CIFAR-100."""
+  return "extracted copies" if task.startswith("vtab/") and _form(source) == "list" else "originals"
 
 
 def _suite_of(tasks: Sequence[str]) -> str:

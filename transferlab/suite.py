@@ -8,10 +8,12 @@ that are absent are reported and left out; a run that fails is reported and the 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import parse_qsl
 
 from transferlab import data, experiment
 from transferlab.data import entries
 from transferlab.progress import say
+from transferlab.report import pixels_from
 from transferlab.tree import nearest
 
 
@@ -43,12 +45,14 @@ def run(suite: str, config: str, workdir, overrides: Mapping[str, str] | None = 
                      f"{', '.join(data.SUITES)}")
   tell: Callable[[str], None] = (lambda message: None) if quiet else say
   configs = {(name, seed): _load(config, overrides, name, seed) for name in data.SUITES[suite] for seed in seeds}
-  missing = {name: _missing(name, configs[name, seeds[0]]) for name in data.SUITES[suite]}
-  absent, present = list(filter(None, missing.values())), [name for name, line in missing.items() if not line]
+  present, absent = _sources(data.SUITES[suite], configs, seeds[0])
   for line in absent:
     tell(f"left out: {line}")
   if not present:
     raise ValueError(f"none of the {len(absent)} tasks of {suite} can be read; first: {absent[0]}")
+  if len({pixels_from(name, source) for name, source in present.items()}) > 1:
+    tell(f"the tasks differ in where their pixels come from ({', '.join(f'{n}: {s}' for n, s in present.items())}); "
+         "they will not be averaged; choose one with the argument source= of the configuration")
   tell(f"{suite}: {len(present)} of {len(data.SUITES[suite])} tasks, seeds {', '.join(map(str, seeds))}")
   rows, failed = [], []
   runs = [(name, seed) for name in present for seed in seeds]
@@ -71,16 +75,24 @@ def _load(config: str, overrides: Mapping[str, str] | None, name: str, seed: int
       raise ValueError(f"{config} names a {argument}; expected none, --suite and --seeds set it")
   found = experiment.load(f"{config}{',' if given else ':' * (':' not in config)}task={name},seed={seed}",
                           dict(overrides or {}))
-  if experiment.parse(found)[0].data.partition("?")[0] != name:
+  read, _, recipe = experiment.parse(found)
+  if read.data.partition("?")[0] != name:
     raise ValueError(f"{config} with task={name} reads data {found.data!r}; expected {name}; use the suite's own "
                      "config file")
+  if recipe.seed != seed:
+    raise ValueError(f"{config} with seed={seed} trains with seed {recipe.seed}; expected {seed}; leave config.seed to "
+                     "--seeds, and let the config file pass its argument on")
   return found
 
 
-def _missing(name: str, config) -> str:
-  """One line if the task's files are not there or not whole, else nothing."""
-  try:
-    entries.choose(data.ENTRIES[name], entries.data_directory(config.data_dir))
-  except data.DataError as error:
-    return str(error)
-  return ""
+def _sources(names: Sequence[str], configs: Mapping, seed: int) -> tuple[dict[str, str], list[str]]:
+  """The form of each task that is there, and one line for each whose files are missing or not whole."""
+  present, absent = {}, []
+  for name in names:
+    config = configs[name, seed]
+    wanted = dict(parse_qsl(config.data.partition("?")[2])).get("source", "")
+    try:
+      present[name] = str(entries.choose(data.ENTRIES[name], entries.data_directory(config.data_dir), wanted))
+    except (data.DataError, OSError) as error:
+      absent.append(" ".join(str(error).split()))
+  return present, absent

@@ -69,18 +69,18 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
     tell(message)
   if "train" not in task.splits:
     raise ValueError(f"task {task.name!r} has splits {', '.join(task.splits)}; training needs 'train'")
-  task = readable(task, recipe.bad_images, tell, quiet)
-  asked = {"backbone": weights.name, "backbone_hash": weights.hash, "image_size": weights.spec.image_size,
-           "preprocessing": weights.preprocessing.to_dict(),
-           "method": method if isinstance(method, str) else first.name, "options": first.options,
-           "task": task.name, "source": task.source, "protocol": task.protocol, "draw": task.draw,
-           "split_hash": task.split_hash(),
-           "pixels": task.splits["train"].fingerprint(), "recipe": dataclasses.asdict(recipe)}
-  asked = json.loads(json.dumps(asked))  # tuples become lists, as they will be when read back
+  whole = task
+  # A run that may be finished is recognised before its images are decoded, unless some of them may be left out.
+  decoded = recipe.bad_images == "skip" or workdir is None or not (Path(workdir) / "result.json").exists()
+  if decoded:
+    task = readable(task, recipe.bad_images, tell, quiet)
+  asked = request(weights, method if isinstance(method, str) else first.name, first.options, task, recipe, whole)
   folder = None if workdir is None else Workdir(workdir, asked)
   if folder and isinstance(method, str) and (finished := finished_run(folder)):
     tell(f"finished run: {folder.path}")
     return finished
+  if not decoded:
+    task = readable(task, recipe.bad_images, tell, quiet)
   tell(f"{asked['method']} on {weights.name}: {weights.preprocessing.describe()}")
   tell(f"{task.name}: " + ", ".join(f"{name} {len(split)}" for name, split in task.splits.items())
        + f", {len(task.class_names)} classes")
@@ -111,6 +111,18 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   return Fit(final, trainable, state, result, adapter)
 
 
+def request(weights: Weights, method: str, options: dict, task: data.Task, recipe: Recipe, whole: data.Task) -> dict:
+  """What is asked for, as JSON has it; `whole` is the task with the images that could not be read."""
+  lost = {name: len(split) - len(task.splits[name]) for name, split in whole.splits.items()}
+  without = [f"without {count} unreadable {name} images" for name, count in lost.items() if count]
+  asked = {"backbone": weights.name, "backbone_hash": weights.hash, "image_size": weights.spec.image_size,
+           "preprocessing": weights.preprocessing.to_dict(), "method": method, "options": options,
+           "task": task.name, "source": task.source, "draw": task.draw,
+           "protocol": ", ".join(filter(None, (task.protocol, *without))), "split_hash": task.split_hash(),
+           "pixels": task.splits["train"].fingerprint(), "recipe": dataclasses.asdict(recipe)}
+  return json.loads(json.dumps(asked))  # tuples become lists, as they will be when read back
+
+
 def finished_run(folder: Workdir) -> Fit | None:
   """The run that stands in a folder, if it came to its end."""
   result, path = folder.result(), folder.path / "adapter.safetensors"
@@ -127,7 +139,7 @@ def ledger_row(asked: dict, weights: Weights, task: data.Task, method: Method, l
   chosen = f"{last.recipe.select} on val{over}" if last.val else "last"
   return {
       **asked, "class_names": list(task.class_names), "val": last.val, "test": test,
-      "protocol": "; ".join(filter(None, (task.protocol, f"{chosen}, test once"))), "seed": last.recipe.seed,
+      "protocol": "; ".join(filter(None, (asked["protocol"], f"{chosen}, test once"))), "seed": last.recipe.seed,
       "steps": last.total, "selected_step": last.selected_step,
       "trainable": count.trainable, "trainable_without_classifier": count.trainable_without_classifier,
       "train_peak_bytes": last.cost.train_peak_bytes, "train_flops": last.cost.train_flops,

@@ -48,14 +48,16 @@ def run(words: Sequence[str], data_dir: str = "", **flags) -> bool:
 
 
 def describe(source: str, data_dir: str) -> bool:
-  """Prints the splits of one source, "folder:/images" or "vtab/dtd", after reading every image; True."""
+  """Prints the splits of one source, "folder:/images" or "vtab/dtd", after reading every image; returns whether all
+  can be read.
+  """
   task = data.from_string(source, data_dir)
   for remark in task.check():
     print(f"remark: {remark}")
-  task = readable(task, "skip", print, quiet=False)
+  given, task = task, readable(task, "skip", print, quiet=False)
   print(task.describe())
   print("\n".join(f"  {name} pixels {split.fingerprint()}" for name, split in task.splits.items()))
-  return True
+  return all(len(split) == len(given.splits[name]) for name, split in task.splits.items())
 
 
 def take_stock(entries: Sequence[Entry], folder: Path, check: bool, accept: bool = False, json: bool = False) -> bool:

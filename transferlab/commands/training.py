@@ -46,7 +46,12 @@ def _train_suite(values: flags.FlagValues, overrides: dict[str, str]) -> None:
   outcome = suite.run(values.suite, values.config, values.workdir, overrides, [int(seed) for seed in seeds])
   if outcome.rows:
     split = "test" if all(row["test"] for row in outcome.rows) else "val"
-    report_lib.show(report_lib.report(outcome.rows, values.suite, split), f"{split} accuracy")
+    try:
+      found = report_lib.report(outcome.rows, values.suite, split)
+    except report_lib.Unlike as error:
+      found = report_lib.report(outcome.rows, values.suite, split, average=False)
+      found = found._replace(remarks=[*found.remarks, f"not averaged: {error}"])
+    report_lib.show(found, f"{split} accuracy")
   for line in outcome.absent:
     print(f"left out: {line}")
   if outcome.failed:
@@ -57,13 +62,15 @@ def report(argv: list[str]) -> None:
   """Averages finished runs, over seeds and over tasks, and refuses to average unlike ones."""
   values = define(suite=("", "suite to average over; by default the smallest that has the tasks"),
                   split=("test", "test or val"), score=("accuracy", "accuracy, mean_per_class or loss"),
-                  allow=("", "fields that may differ all the same, e.g. recipe.optim,device"),
+                  allow=("", "fields that may differ all the same, e.g. recipe.optim,dtype"),
+                  average=(True, "over tasks, too; --noaverage shows unlike ones beside each other"),
                   json=(False, "print one JSON object"))
   folders = parse(values, argv, report, files=True)
   if not folders:
     raise ValueError("no runs given; name their folders, or one above them")
   from transferlab import report as report_lib
-  found = report_lib.report(report_lib.read(folders), values.suite, values.split, values.score, words(values.allow))
+  found = report_lib.report(report_lib.read(folders), values.suite, values.split, values.score, words(values.allow),
+                            values.average)
   if values.json:
     scores = {method: {task: score._asdict() for task, score in each.items()} for method, each in found.scores.items()}
     print(json.dumps({**found._asdict(), "scores": scores}))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from transferlab.data import tfds
 from transferlab.data.entries import Source
-from transferlab.data.tasks import _some
+from transferlab.data.tasks import some
 
 
 class Builder(NamedTuple):
@@ -33,8 +33,8 @@ def find(data_dir: Path, builders: Sequence[Builder]) -> list[Source]:
   problems = [source.problem for each in found.values() for source in each[:1] if source.problem]
   missing = [str(builder) for builder, each in found.items() if not each]
   return [Source("tfds", data_dir, version, problem=problems[0] if problems else (
-      f"{data_dir} lacks {_some(missing, 6)} of {_some(builders, 6)}; prepare the missing ones, too" if missing else
-      f"{data_dir} has {_some(builders, 6)} in different file formats; prepare them in one"))]
+      f"{data_dir} lacks {some(missing, 6)} of {some(builders, 6)}; prepare the missing ones, too" if missing else
+      f"{data_dir} has {some(builders, 6)} in different file formats; prepare them in one"))]
 
 
 def one(source: Source, builder: Builder) -> Source:

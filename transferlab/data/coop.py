@@ -20,10 +20,10 @@ import numpy as np
 
 from transferlab.data import imagenet
 from transferlab.data.entries import Entry, Source
-from transferlab.data.fewshot import PHASES, few_shot, read_class_names, text_lines
+from transferlab.data.fewshot import PHASES, few_shot, read_class_names
 from transferlab.data.files import FileReader
-from transferlab.data.lists import leaves, missing_files
-from transferlab.data.tasks import DataError, Split, _some
+from transferlab.data.lists import leaves, missing_files, text_lines
+from transferlab.data.tasks import DataError, Split, some
 from transferlab.data.templates import TEMPLATES, readable
 
 Rows = dict[str, list[tuple[str, int, str]]]  # split -> (image path, label, class name) of its examples
@@ -119,7 +119,7 @@ def _read_json(path: Path, modified: int, size: int) -> MappingProxyType:
 
 
 def _kind(content) -> str:
-  return f"an object with {_some(content)}" if isinstance(content, dict) else repr(content)[:60]
+  return f"an object with {some(content)}" if isinstance(content, dict) else repr(content)[:60]
 
 
 def _row(path: Path, part: str, index: int, row) -> tuple[str, int, str]:
@@ -151,7 +151,7 @@ def _variants(folder: Path) -> Rows:
   rows = {}
   for part in ("train", "val", "test"):
     path, rows[part] = folder / f"images_variant_{part}.txt", []
-    for number, line in enumerate(text_lines(path), 1):
+    for number, line in enumerate(text_lines(path, "lines of image number and variant"), 1):
       image, _, name = line.strip().partition(" ")
       if name not in labels or leaves(image):
         raise DataError(f"{path} line {number} is {line[:80]!r}; expected an image number and a name of variants.txt")

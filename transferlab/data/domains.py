@@ -24,8 +24,8 @@ from transferlab.data import builders, tfds
 from transferlab.data.builders import Builder
 from transferlab.data.entries import Entry, Source
 from transferlab.data.files import FileReader
-from transferlab.data.folders import _subfolders, find_images
-from transferlab.data.tasks import DataError, Split, _some
+from transferlab.data.folders import subfolders, find_images
+from transferlab.data.tasks import DataError, Split, some
 
 OUT = 0.2  # share of a domain that is kept out of training
 
@@ -92,10 +92,10 @@ def _find(wanted: _Set, data_dir: Path) -> list[Source]:
   roots = [root for name in wanted.folders for root in _matching(data_dir, name)]
   found, others = [], []
   for root in roots:
-    folders = _subfolders(root)
+    folders = subfolders(root)
     present = {_plain(name) for name, folder in folders.items() if not _is_tfds(folder)}
     missing = [domain for domain in wanted.domains if _plain(domain) not in present]
-    problem = f"{root} lacks the domain folders {_some(missing, 6)}; expected {_some(wanted.domains, 6)}; add them"
+    problem = f"{root} lacks the domain folders {some(missing, 6)}; expected {some(wanted.domains, 6)}; add them"
     if len(missing) < len(wanted.domains):
       found.append(Source("folder", root, problem=problem if missing else ""))
     elif not any(map(_is_tfds, folders.values())):
@@ -114,10 +114,10 @@ def _part(wanted: _Set, held_out: int | None, source: Source, part: str, trial: 
 
 def _read_domain(name: str, folder: Path, class_names: tuple[str, ...]) -> Split:
   """All images in torchvision's order, on which the cut is defined: by class, folder below it, and file name."""
-  classes = _subfolders(folder)
+  classes = subfolders(folder)
   if unexpected := sorted(set(classes) - set(class_names)):
     raise DataError(f"{folder} has the class folder {unexpected[0]!r}; expected the classes of the first domain, "
-                    f"{_some(class_names)}; rename or remove it")
+                    f"{some(class_names)}; rename or remove it")
   keys, paths, labels = [], [], []
   for class_name, class_folder in classes.items():
     found = sorted(find_images(class_folder), key=os.path.split)
@@ -128,11 +128,11 @@ def _read_domain(name: str, folder: Path, class_names: tuple[str, ...]) -> Split
 
 
 def _class_names(wanted: _Set, source: Source) -> tuple[str, ...]:
-  return tuple(_subfolders(_domain_folders(wanted, source)[0]))
+  return tuple(subfolders(_domain_folders(wanted, source)[0]))
 
 
 def _domain_folders(wanted: _Set, source: Source) -> list[Path]:
-  by_plain = {_plain(name): folder for name, folder in _subfolders(source.path).items()}
+  by_plain = {_plain(name): folder for name, folder in subfolders(source.path).items()}
   return [by_plain[_plain(domain)] for domain in wanted.domains]
 
 
@@ -140,7 +140,7 @@ def _matching(folder: Path, name: str) -> list[Path]:
   """Folders "PACS/kfold" below `folder`."""
   found = [folder]
   for step in name.split("/"):
-    found = [path for parent in found for n, path in _subfolders(parent).items() if _plain(n) == _plain(step)]
+    found = [path for parent in found for n, path in subfolders(parent).items() if _plain(n) == _plain(step)]
   return found
 
 
@@ -150,7 +150,7 @@ def _plain(name: str) -> str:
 
 def _is_tfds(folder: Path) -> bool:
   """TFDS's folder "domainnet/real" holds versions, not classes."""
-  return any(re.fullmatch(r"\d+\.\d+\.\d+", name) for name in _subfolders(folder))
+  return any(re.fullmatch(r"\d+\.\d+\.\d+", name) for name in subfolders(folder))
 
 
 # DomainNet by TFDS
@@ -163,12 +163,8 @@ def _tfds_part(held_out: int | None, source: Source, part: str, trial: int = 0) 
     count = tfds.sizes(prepared)[official]
     out, in_ = halves(count, trial, domain)
     rows = {"train": in_, "val": out, "test": np.arange(count)}[part]
-    splits[domain] = tfds.examples(prepared, official, rows, part, _label, key=None)
+    splits[domain] = tfds.examples(prepared, official, rows, part, tfds.stored_label, key=None)
   return _joined(part, splits)
-
-
-def _label(example: dict) -> int:
-  return int(example["label"])
 
 
 def _tfds_class_names(source: Source) -> tuple[str, ...]:
@@ -204,7 +200,8 @@ def _entry(wanted: _Set, held_out: int | None) -> Entry:
   if wanted is TFDS_SET:
     common["protocol"] = f"{common['protocol']}, tested on the official test parts"
     return Entry(**common, find=functools.partial(builders.find, builders=BUILDERS), class_names=_tfds_class_names,
-                 part=functools.partial(_tfds_part, held_out), phases=phases, builders=tuple(map(str, BUILDERS)))
+                 part=functools.partial(_tfds_part, held_out), phases=phases, builders=tuple(map(str, BUILDERS)),
+                 layout=f"domainnet/{{{','.join(wanted.domains)}}}/{BUILDERS[0].pinned}/ as TFDS prepares them")
   if held_out is not None:
     phases["whole"] = {**phases["final"], "test": "whole"}
   return Entry(**common, find=functools.partial(_find, wanted), part=functools.partial(_part, wanted, held_out),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from transferlab.data import record
-from transferlab.data.tasks import DataError, Split, Task, _some
+from transferlab.data.tasks import DataError, Split, Task, some
 
 
 DRAWS = ("seed", "trial")  # options that draw other splits of the same protocol
@@ -104,12 +104,16 @@ def how_to_get(entry: Entry, data_dir: Path) -> str:
 
 def choose(entry: Entry, data_dir: Path, wanted: str = "") -> Source:
   """The form to read: the first usable one, or the first of format `wanted`. Raises `DataError` if there is none."""
-  found = entry.find(data_dir) if data_dir.is_dir() else []
+  if not data_dir.is_dir():
+    what = "is a file" if data_dir.exists() else "does not exist"
+    raise DataError(f"{entry.name}: data directory {data_dir} {what}; expected the folder of the data sets; give it as "
+                    "--data_dir=, or in $TFDS_DATA_DIR")
+  found = entry.find(data_dir)
   usable = [source for source in found if not source.problem and wanted in ("", source.format)]
   if usable:
     return usable[0]
   if wanted and any(not source.problem for source in found):
-    raise DataError(f"{entry.name} has no source {wanted!r} in {data_dir}; found {_some(map(str, found))}")
+    raise DataError(f"{entry.name} has no source {wanted!r} in {data_dir}; found {some(map(str, found))}")
   raise DataError(f"{entry.name}: {found[0].problem}" if found else absent(entry, data_dir))
 
 
@@ -125,8 +129,8 @@ def open_entry(entry: Entry, data_dir: str | os.PathLike = "", phase: str = "", 
     options: those of the entry's `part`.
 
   Raises:
-    DataError: absent, incomplete, another version, another number of images or classes, unknown option; or, with
-      default options, other examples than `transferlab data check` found earlier.
+    DataError: absent, incomplete, another version, another number of images or classes, unknown option; or other
+      examples than `transferlab data check` found earlier.
   """
   phase = phase or next(iter(entry.phases))
   if phase not in entry.phases:
@@ -136,24 +140,39 @@ def open_entry(entry: Entry, data_dir: str | os.PathLike = "", phase: str = "", 
   if unknown := sorted(set(options) - set(entry.options)):
     raise DataError(f"{entry.name} has no option {unknown[0]!r}; expected "
                     f"{', '.join(['phase', 'source', 'counts', *entry.options])}")
-  chosen = choose(entry, data_directory(data_dir), source)
-  splits = {name: _named(entry.part(chosen, part, **options), name) for name, part in entry.phases[phase].items()}
+  folder = data_directory(data_dir)
+  chosen = choose(entry, folder, source)
+  parts = {part: entry.part(chosen, part, **options) for part in entry.phases[phase].values()}
   names = checked_names(entry, chosen)
-  for name, part in entry.phases[phase].items():
-    expected, found = entry.counts.get(part), len(splits[name])
-    if counts == "expected" and expected not in (None, found):
-      raise DataError(f"{entry.name}: {part} in {chosen.path} has {found} images; expected {expected}; complete the "
-                      "data set, or take what is there with ?counts=any")
-  if not options:
-    record.refuse_changed(data_directory(data_dir), entry.name, chosen.format,
-                          {part: splits[name] for name, part in entry.phases[phase].items()})
-  used = " ".join(f"{name}={part}" for name, part in entry.phases[phase].items())
+  incomplete = [f"{len(split)} of {entry.counts[part]} {part} images" for part, split in parts.items()
+                if entry.counts.get(part) not in (None, len(split))]
+  if incomplete and counts == "expected":
+    raise DataError(f"{entry.name} in {chosen.path} has {', '.join(incomplete)}; complete the data set, or take what "
+                    "is there with counts=any (an argument of the configuration; ?counts=any after a task's name)")
   values = {name: options.get(name, parameter.default) for name, parameter in entry.options.items()}
+  _refuse_changed(entry, folder, chosen, parts, values)
+  splits = {name: _named(parts[part], name) for name, part in entry.phases[phase].items()}
   draw = ", ".join(f"{name} {value}" for name, value in values.items() if name in DRAWS)
-  fixed = "".join(f", {name} {value}" for name, value in values.items() if name not in DRAWS)
   return Task(entry.name, names, splits, entry.domain_names, source=_said(chosen), draw=draw,
-              protocol=f"{entry.protocol}, {phase}: {used}{fixed}", templates=entry.templates,
+              protocol=_protocol(entry, phase, values, incomplete), templates=entry.templates,
               test_classes=_present(splits) if entry.masked else ())
+
+
+def _protocol(entry: Entry, phase: str, values: Mapping, incomplete: list[str]) -> str:
+  """What rows of the ledger must share to be averaged; a set that lacks images has a protocol of its own."""
+  used = " ".join(f"{name}={part}" for name, part in entry.phases[phase].items())
+  fixed = (f"{name} {value}" for name, value in values.items() if name not in DRAWS)
+  lacking = [f"incomplete ({', '.join(incomplete)})"] if incomplete else []
+  return ", ".join([f"{entry.protocol}, {phase}: {used}", *fixed, *lacking])
+
+
+def _refuse_changed(entry: Entry, folder: Path, source: Source, parts: Mapping[str, Split], values: Mapping) -> None:
+  """Compares with the last check, which was of the default options; for others those parts are read as well."""
+  if record.read(folder, entry.name, source.format) is None:
+    return
+  if values != {name: parameter.default for name, parameter in entry.options.items()}:
+    parts = {part: entry.part(source, part) for part in parts}
+  record.refuse_changed(folder, entry.name, source.format, parts)
 
 
 def checked_names(entry: Entry, source: Source) -> tuple[str, ...]:

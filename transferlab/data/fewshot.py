@@ -4,13 +4,14 @@ NOAH (github.com/ZhangYuanhan-AI/NOAH, data/few-shot) publishes lists for 1, 2, 
 which DTL and others use: `train_meta.list.num_shot_<shots>.seed_<seed>`, `val_meta.list` and `test_meta.list`, of lines
 `path label`. The lists are taken as they are: that of pets with 1 shot has each of its 37 images twice.
 """
+import os
 import random
 import re
 from functools import partial
 from pathlib import Path
 
 from transferlab.data.entries import Entry, Source
-from transferlab.data.lists import leaves, published_list, read_list
+from transferlab.data.lists import leaves, published_list, read_list, text_lines
 from transferlab.data.tasks import DataError, Split
 from transferlab.data.templates import TEMPLATES, readable
 
@@ -58,7 +59,7 @@ def _problem(lists: Path, folders: tuple[str, ...]) -> str:
   for name in ("val_meta.list", "test_meta.list"):
     if not (lists / name).is_file():
       return f"{lists} has no {name}; copy all of NOAH's lists"
-  if not any(TRAIN_LIST.fullmatch(path.name) for path in lists.iterdir()):
+  if not draws(lists):
     return f"{lists} has no train_meta.list.num_shot_*.seed_*; copy all of NOAH's lists"
   try:
     images = _images(lists, folders)
@@ -90,13 +91,18 @@ def _part(folders: tuple[str, ...], num_classes: int, source: Source, part: str,
   return published_list(path, _images(source.path, folders), part, num_classes)
 
 
+def draws(lists: Path) -> list[tuple[int, int]]:
+  """The (shots, seed) that a folder has training lists for, sorted."""
+  names = os.listdir(lists) if lists.is_dir() else ()
+  return sorted((int(match[1]), int(match[2])) for match in map(TRAIN_LIST.fullmatch, names) if match)
+
+
 def _listed(lists: Path) -> str:
   """'shots=1 with seed 0, 1, 2; shots=2 with ...'"""
   seeds = {}
-  for path in lists.iterdir():
-    if match := TRAIN_LIST.fullmatch(path.name):
-      seeds.setdefault(int(match[1]), []).append(int(match[2]))
-  return "; ".join(f"shots={shots} with seed {', '.join(map(str, sorted(seeds[shots])))}" for shots in sorted(seeds))
+  for shots, seed in draws(lists):
+    seeds.setdefault(shots, []).append(seed)
+  return "; ".join(f"shots={shots} with seed {', '.join(map(str, seeds[shots]))}" for shots in seeds)
 
 
 def _class_names(dataset: str, num_classes: int, source: Source) -> tuple[str, ...]:
@@ -109,19 +115,11 @@ def _class_names(dataset: str, num_classes: int, source: Source) -> tuple[str, .
 
 def read_class_names(path: Path, num_classes: int) -> tuple[str, ...]:
   """One class name per line, in the order of the labels."""
-  names = tuple(line.strip() for line in text_lines(path) if line.strip())
+  names = tuple(line.strip() for line in text_lines(path, "one class name per line") if line.strip())
   if len(names) != num_classes:
     raise DataError(f"{path} has {len(names)} class names; expected {num_classes}, one per line, in the order of the "
                     "labels")
   return names
-
-
-def text_lines(path: Path) -> list[str]:
-  """The lines of a text file; raises `DataError` if it is none."""
-  try:
-    return path.read_text(encoding="utf-8-sig").splitlines()
-  except (OSError, UnicodeDecodeError) as e:
-    raise DataError(f"cannot read {path} ({e}); expected lines of UTF-8 text") from None
 
 
 def _entry(name: str, folders: tuple[str, ...], num_classes: int, test: int) -> Entry:

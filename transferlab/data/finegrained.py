@@ -11,7 +11,6 @@ set's own or else a stratified cut of trainval, 20 % with seed 0. EuroSAT has no
 """
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import numpy as np
 from transferlab.data import tfds
 from transferlab.data.builders import Builder
 from transferlab.data.entries import Entry, Source
-from transferlab.data.folders import _split_folders, _subfolders, image_folder
+from transferlab.data.folders import split_folders, subfolders, image_folder
 from transferlab.data.split import stratified
 from transferlab.data.tasks import DataError, Split, Task
 from transferlab.data.templates import TEMPLATES, readable
@@ -59,7 +58,7 @@ class FineGrained:
     """Folders first: who made them wants them read. See `Entry.find`."""
     found = [source for folder in self.folders for source in _folder(data_dir / folder)]
     found += [Source("folder", data_dir / name) for name in self.whole
-              if (data_dir / name).is_dir() and len(_subfolders(data_dir / name)) == self.num_classes]
+              if (data_dir / name).is_dir() and len(subfolders(data_dir / name)) == self.num_classes]
     found += tfds.find(data_dir, *self.builder) if self.builder else []
     if self.cropped:
       found = [replace(source, remark="; ".join(filter(None, (source.remark, UNCROPPED)))) for source in found]
@@ -90,7 +89,7 @@ class FineGrained:
     train, val, test = self.splits
     official = {"train": train, "val": val, "test": test}[name]
     rows = range(tfds.sizes(source).get(official or train, 0))
-    read = partial(tfds.examples, source, rows=rows, name=name, label=itemgetter("label"), key=self.key)
+    read = partial(tfds.examples, source, rows=rows, name=name, label=tfds.stored_label, key=self.key)
     if name == "val" and not val:
       return None
     if test:
@@ -106,7 +105,7 @@ def _image_folder(source: Source) -> Task:
 def _folder(path: Path) -> list[Source]:
   """A folder with train/ and test/; with one of them it is half a set, without both it is something else."""
   try:
-    splits = _split_folders(path) if path.is_dir() else {}
+    splits = split_folders(path) if path.is_dir() else {}
   except DataError as error:
     return [Source("folder", path, problem=str(error))]
   if not {"train", "test"} & set(splits):
@@ -169,7 +168,8 @@ def _entry(prefix: str, protocol: str, how: str, task: FineGrained) -> Entry:
 ENTRIES: tuple[Entry, ...] = (
     *(_entry("i2s", "ImageNet-to-Sketch", "github.com/arunmallya/piggyback links to the published folders", task)
       for task in IMAGENET_TO_SKETCH),
-    *(_entry("inca", "official splits", "sort the official splits into such folders", task) for task in INCA))
+    *(_entry("inca", "official splits of a recalled list of sets", "sort the official splits into such folders", task)
+      for task in INCA))
 SUITES: dict[str, tuple[str, ...]] = {
     "imagenet_to_sketch": tuple(entry.name for entry in ENTRIES if entry.name.startswith("i2s/")),
     "inca11": tuple(entry.name for entry in ENTRIES if entry.name.startswith("inca/"))}

@@ -11,7 +11,7 @@ import numpy as np
 
 from transferlab.data.files import SUFFIXES, FileReader, is_image
 from transferlab.data.split import ALIASES, complete
-from transferlab.data.tasks import DataError, Split, Task, _some
+from transferlab.data.tasks import DataError, Split, Task, some
 
 
 def image_folder(root: str | os.PathLike, val_fraction: float = 0.2, test_fraction: float = 0.2, seed: int = 0) -> Task:
@@ -24,8 +24,8 @@ def image_folder(root: str | os.PathLike, val_fraction: float = 0.2, test_fracti
     DataError: no images, a class folder without one, classes that differ between splits, too few images to split.
   """
   root = _folder(root)
-  parts = _split_folders(root) or {"train": root}
-  classes = {name: _subfolders(folder) for name, folder in parts.items()}
+  parts = split_folders(root) or {"train": root}
+  classes = {name: subfolders(folder) for name, folder in parts.items()}
   first = next(iter(classes))
   for name, folders in classes.items():
     _same_classes(first, classes[first], name, folders)
@@ -33,7 +33,7 @@ def image_folder(root: str | os.PathLike, val_fraction: float = 0.2, test_fracti
     raise DataError(_nothing_found(root))
   class_names = tuple(classes[first])
   if all(name.lower() in ALIASES for name in class_names):
-    raise DataError(f"{root} has {_some(class_names)} without class folders in them; expected "
+    raise DataError(f"{root} has {some(class_names)} without class folders in them; expected "
                     f"{root}/{class_names[0]}/<class>/*.jpg; sort the images into one folder per class")
   paths, labels, splits = [], [], {}
   for part, folders in classes.items():
@@ -55,13 +55,13 @@ def domain_folder(root: str | os.PathLike, test_domain: str, val_fraction: float
   a class with a single image in a domain stays in train. A class may be missing from a domain.
   """
   root = _folder(root)
-  domains = _subfolders(root)
+  domains = subfolders(root)
   if test_domain not in domains:
-    raise DataError(f"test domain {test_domain!r} is not a folder of {root}; found {_some(domains) or 'no folder'}"
+    raise DataError(f"test domain {test_domain!r} is not a folder of {root}; found {some(domains) or 'no folder'}"
                     f"{nearest(test_domain, domains)}")
   if len(domains) < 2:
     raise DataError(f"{root} has the single domain {test_domain!r}; expected at least one more to train on")
-  folders = {domain: _subfolders(folder) for domain, folder in domains.items()}
+  folders = {domain: subfolders(folder) for domain, folder in domains.items()}
   class_names = tuple(sorted(set().union(*folders.values())))
   paths, labels, domain_ids = [], [], []
   for d, classes in enumerate(folders.values()):
@@ -113,16 +113,16 @@ def _visible(name: str) -> bool:
   return not name.startswith(".") and name != "__MACOSX"
 
 
-def _subfolders(folder: Path) -> dict[str, Path]:
+def subfolders(folder: Path) -> dict[str, Path]:
   return {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and _visible(path.name)}
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
+def split_folders(root: Path) -> dict[str, Path]:
   """Folders that are splits by name; empty if `root` holds classes. A class that is called 'train' holds images."""
   parts = {}
-  for name, folder in _subfolders(root).items():
+  for name, folder in subfolders(root).items():
     split = ALIASES.get(name.lower())
-    if split is None or not _subfolders(folder):
+    if split is None or not subfolders(folder):
       continue
     if split in parts:
       raise DataError(f"{root} has two folders for the {split} split, {parts[split].name!r} and {name!r}; keep one")
@@ -133,7 +133,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
 def _same_classes(a: str, classes_a: Iterable[str], b: str, classes_b: Iterable[str]) -> None:
   only_a, only_b = sorted(set(classes_a) - set(classes_b)), sorted(set(classes_b) - set(classes_a))
   if only_a or only_b:
-    found = "; ".join(f"only in {name}: {_some(only)}" for name, only in ((a, only_a), (b, only_b)) if only)
+    found = "; ".join(f"only in {name}: {some(only)}" for name, only in ((a, only_a), (b, only_b)) if only)
     raise DataError(f"{a} and {b} hold different classes ({found}); expected the same class folders in both; "
                     "rename, add or remove folders")
 
@@ -148,7 +148,7 @@ def _images_of_class(class_name: str, folder: Path) -> list[str]:
 
 def _contents(folder: Path) -> str:
   names = sorted(p.name for p in folder.iterdir() if _visible(p.name))
-  return _some(names, 3) if names else "nothing"
+  return some(names, 3) if names else "nothing"
 
 
 def _nothing_found(root: Path) -> str:

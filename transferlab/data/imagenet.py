@@ -18,9 +18,9 @@ from transferlab.data.builders import Builder
 from transferlab.data.entries import Entry, Source
 from transferlab.data.fewshot import few_shot
 from transferlab.data.files import FileReader
-from transferlab.data.folders import _subfolders, find_images
-from transferlab.data.lists import published_list
-from transferlab.data.tasks import DataError, Split, _some
+from transferlab.data.folders import subfolders, find_images
+from transferlab.data.lists import published_list, text_lines
+from transferlab.data.tasks import DataError, Split, some
 from transferlab.data.templates import TEMPLATES
 
 # Of TFDS's copy so many examples are read to draw few shots from: they are stored shuffled, labels beside pixels, and
@@ -71,7 +71,7 @@ def _folder(data_dir: Path, wanted: _Set) -> Path | None:
 
 def _classes(folder: Path) -> dict[str, Path]:
   """Class folders by name: n01440764, or 0 to 999 in ImageNet-V2. Whatever else lies there is passed over."""
-  found = _subfolders(folder) if folder.is_dir() else {}
+  found = subfolders(folder) if folder.is_dir() else {}
   return {name: path for name, path in found.items() if re.fullmatch(r"n\d{8}|\d{1,3}", name)}
 
 
@@ -86,7 +86,7 @@ def _part(test: _Set, source: Source, part: str, shots: int = 16, seed: int = 0)
     prepared = builders.one(source, wanted.builder)
     count = tfds.sizes(prepared).get(wanted.split, 0)
     rows = range(min(count, DRAWN_FROM) if part == "train" and 0 < shots <= 16 else count)
-    split = tfds.examples(prepared, wanted.split, rows, part, _label, key="file_name")
+    split = tfds.examples(prepared, wanted.split, rows, part, tfds.stored_label, key="file_name")
   elif source.format == "list" and part == "train":
     return _listed(source.path, shots, seed)
   else:
@@ -94,15 +94,11 @@ def _part(test: _Set, source: Source, part: str, shots: int = 16, seed: int = 0)
   return few_shot(split, shots, seed) if part == "train" else split
 
 
-def _label(example: dict) -> int:
-  return int(example["label"])
-
-
 def _listed(data_dir: Path, shots: int, seed: int) -> Split:
   """NOAH's list for so many shots and this seed; its images are relative to the training folder."""
   name, root = f"train_meta.list.num_shot_{shots}.seed_{seed}", _folder(data_dir, TRAIN)
   if name not in _lists(data_dir):
-    raise DataError(f"{data_dir / LISTS} has no {name}; found {_some(_lists(data_dir), 20)}; choose one of these, or "
+    raise DataError(f"{data_dir / LISTS} has no {name}; found {some(_lists(data_dir), 20)}; choose one of these, or "
                     "draw from the folders with ?source=folder")
   wnids = tuple(_classes(root))
   path = data_dir / LISTS / name
@@ -139,10 +135,7 @@ def class_names(source: Source) -> tuple[str, ...]:
   path = source.path / "imagenet" / "classnames.txt"
   if not path.is_file():
     return wnids
-  try:
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-  except (OSError, UnicodeDecodeError) as e:
-    raise DataError(f"cannot read {path} ({e}); expected lines such as `n01440764 tench`") from None
+  lines = text_lines(path, "lines such as `n01440764 tench`")
   names = {wnid: name.strip() for wnid, _, name in (line.strip().partition(" ") for line in lines)}
   if unnamed := [wnid for wnid in wnids if not names.get(wnid)]:
     raise DataError(f"{path} names {len(wnids) - len(unnamed)} of {len(wnids)} classes; {unnamed[0]} is missing; "

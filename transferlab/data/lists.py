@@ -7,7 +7,7 @@ import numpy as np
 
 from transferlab.data.files import FileReader
 from transferlab.data.split import ALIASES, complete
-from transferlab.data.tasks import DataError, Split, Task, _some
+from transferlab.data.tasks import DataError, Split, Task, some
 
 MAX_CLASSES = 1_000_000
 
@@ -58,7 +58,7 @@ def class_lists(path: str | os.PathLike, root: str | os.PathLike | None = None, 
     raise DataError(f"{folder} {found}; expected a folder with one text file per class, rose.txt, tulip.txt, of one "
                     "image path per line")
   if all(file.stem.lower() in ALIASES for file in lists):
-    raise DataError(f"{folder} holds {_some(file.name for file in lists)}, which are named like splits; expected one "
+    raise DataError(f"{folder} holds {some(file.name for file in lists)}, which are named like splits; expected one "
                     f"file per class; if their lines are `path label`, write list:{path}")
   rows = []
   for file in lists:
@@ -93,7 +93,8 @@ def published_list(path: Path, root: Path, name: str, num_classes: int) -> Split
   """A list file as published, of image paths below `root` and class indices, as the split `name` in its order.
 
   Raises:
-    DataError: a line that is none, a label out of range, an image that is not there, a path that leaves `root`.
+    DataError: a line that is none, a label out of range, an image that is not there or that has two labels, a path
+      that leaves `root`.
   """
   files, texts = zip(*read_list(path))
   index = {str(label): label for label in range(num_classes)}
@@ -107,7 +108,12 @@ def published_list(path: Path, root: Path, name: str, num_classes: int) -> Split
     line = line_number(path, missing[0])
     raise DataError(f"{path} line {line} names {files[missing[0]]}, which is not in {root} ({len(missing)} of "
                     f"{len(files)} images are missing); complete the images")
-  keys = tuple(PurePosixPath(file).as_posix() for file in files)
+  keys, first = tuple(PurePosixPath(file).as_posix() for file in files), {}
+  for row, (key, text) in enumerate(zip(keys, texts)):
+    if texts[before := first.setdefault(key, row)] != text:
+      raise DataError(f"{path} gives {key} the label {texts[before]} in line {line_number(path, before)} and {text} in "
+                      f"line {line_number(path, row)}; expected one label per image; correct the list or take the "
+                      "published one")
   return Split(name, keys, [index[text] for text in texts], FileReader(tuple(str(root / key) for key in keys)))
 
 
@@ -130,9 +136,14 @@ def missing_files(root: Path, files: Iterable[str]) -> list[int]:
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-  text = read_text(path, "a text file with one image per line").removeprefix("\ufeff")
-  lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")  # `splitlines` also cuts at rarer characters
+  lines = text_lines(path, "a text file with one image per line")
   return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def text_lines(path: Path, expected: str) -> list[str]:
+  """The lines of a file in UTF-8, without their ends; raises `DataError`, which says what was `expected`."""
+  text = read_text(path, expected).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+  return text.removesuffix("\n").split("\n") if text else []  # `splitlines` also cuts at rarer characters
 
 
 def read_text(path: Path, expected: str) -> str:
@@ -201,7 +212,7 @@ def index_labels(labels: Sequence[str], class_names: Sequence[str] | None) -> tu
   names = names or tuple(sorted(set(labels)))
   unknown = sorted(set(labels) - set(names))
   if unknown:
-    raise DataError(f"labels {_some(unknown)} are not among the {len(names)} class names ({_some(names)}); "
+    raise DataError(f"labels {some(unknown)} are not among the {len(names)} class names ({some(names)}); "
                     "correct the labels or name all classes")
   table = {name: i for i, name in enumerate(names)}
   return np.array([table[text] for text in labels], np.int32), names

@@ -7,7 +7,7 @@ import numpy as np
 
 from transferlab.data.lists import index_labels
 from transferlab.data.split import complete
-from transferlab.data.tasks import SPLITS, DataError, Split, Task, _some
+from transferlab.data.tasks import SPLITS, DataError, Split, Task, some
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def arrays(images: np.ndarray, labels: Sequence, class_names: Sequence[str] | No
   splits = {"train": range(len(images))} if splits is None else splits
   unknown = [k for k in splits if k not in SPLITS]
   if unknown:
-    raise DataError(f"splits has {_some(unknown)}; expected some of {', '.join(SPLITS)}")
+    raise DataError(f"splits has {some(unknown)}; expected some of {', '.join(SPLITS)}")
   splits = {k: np.asarray(list(splits[k]), np.int64) for k in SPLITS if k in splits}
   for k, rows in splits.items():
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(images):

@@ -27,14 +27,14 @@ def _without_sketch(path: Path, cut: float) -> Task:
   return domain_folder(path, "sketch", val_fraction=cut)
 
 
-def _entry(name: str, group: str, folder: str, holds: str, num_classes: int, counts: dict[str, int],
+def _entry(name: str, folder: str, holds: str, num_classes: int, counts: dict[str, int],
            read: Callable[[Path, float], Task], domain_names: tuple[str, ...] = ()) -> Entry:
   """A task with train and test; the phase "tune" cuts train 80/20, stratified, and leaves test alone."""
   def part(source: Source, part: str) -> Split:
     task = read(source.path, 0.0 if part in ("train", "test") else 0.2)
     return task.splits[{"train80": "train", "train20": "val"}.get(part, part)]
   return Entry(name, "mini", _finder(folder, holds), part, lambda source: read(source.path, 0.0).class_names, PHASES,
-               group, num_classes, counts, domain_names, layout=f"{folder}/{holds}")
+               num_classes=num_classes, counts=counts, domain_names=domain_names, layout=f"{folder}/{holds}")
 
 
 def _finder(folder: str, holds: str) -> Callable[[Path], list[Source]]:
@@ -48,9 +48,9 @@ def _finder(folder: str, holds: str) -> Callable[[Path], list[Source]]:
 
 
 ENTRIES: tuple[Entry, ...] = (
-    _entry("mini/cifar10", "natural", "cifar10_jpeg", "train", 10, {"train": 1000, "test": 4000}, _folders),
-    _entry("mini/dtd10", "textured", "dtd10", "train", 10, {"train": 300, "test": 200}, _folders),
-    _entry("mini/coil_azimuth", "structured", "coil20", "azimuth_train.txt", 8, {"train": 360, "test": 360}, _azimuths),
-    _entry("mini/pacs", "domains", "pacs70", "sketch", 7, {"train": 1470, "test": 490}, _without_sketch,
+    _entry("mini/cifar10", "cifar10_jpeg", "train", 10, {"train": 1000, "test": 4000}, _folders),
+    _entry("mini/dtd10", "dtd10", "train", 10, {"train": 300, "test": 200}, _folders),
+    _entry("mini/coil_azimuth", "coil20", "azimuth_train.txt", 8, {"train": 360, "test": 360}, _azimuths),
+    _entry("mini/pacs", "pacs70", "sketch", 7, {"train": 1470, "test": 490}, _without_sketch,
            ("art_painting", "cartoon", "photo", "sketch")))
 SUITES: dict[str, tuple[str, ...]] = {"mini": tuple(entry.name for entry in ENTRIES)}

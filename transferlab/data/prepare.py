@@ -2,11 +2,13 @@
 
 TensorFlow stays out of this process; what one builder runs into does not stop the others.
 """
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +17,8 @@ from pathlib import Path
 from transferlab.data import tfds
 from transferlab.data.entries import Entry
 from transferlab.data.tasks import DataError
+from transferlab.data.tfds_info import FORMATS
 
-FORMATS = ("array_record", "tfrecord")
 SAY_EVERY = 60.0  # seconds between signs of life, where no progress bar can be drawn
 # For the process that prepares: silence, no accelerator, and no look-up of Google Cloud's credentials.
 ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "NO_GCE_CHECK": "true",
@@ -50,20 +52,26 @@ def prepare(entries: Sequence[Entry], data_dir: Path, download: bool = False, fi
     say: gets a line when a builder starts, and now and then, without `bars`.
 
   Raises:
-    DataError: unknown `file_format`, or no folder can be made there.
+    DataError: unknown `file_format`, or nothing can be written there.
   """
   if file_format not in FORMATS:
     raise DataError(f"file_format is {file_format!r}; expected {' or '.join(FORMATS)}")
-  try:
+  with _writing(data_dir):
     data_dir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise DataError(f"data directory {data_dir} cannot be made ({error.strerror}); give another --data_dir") from None
   for entry in entries:
     if not entry.builders:
       yield _elsewhere(entry, data_dir)
   for builder in dict.fromkeys(builder for entry in entries for builder in entry.builders):
     tasks = tuple(entry.name for entry in entries if builder in entry.builders)
     yield Outcome(builder, tasks, *_builder(builder, data_dir, download, file_format, bars, say))
+
+
+@contextlib.contextmanager
+def _writing(data_dir: Path) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise DataError(f"cannot write to data directory {data_dir} ({error.strerror}); give another --data_dir") from None
 
 
 def _elsewhere(entry: Entry, data_dir: Path) -> Outcome:
@@ -84,6 +92,8 @@ def _builder(builder: str, data_dir: Path, download: bool, file_format: str, bar
     if problem := next((source.problem for source in found if source.problem), ""):
       return "failed", problem
     return "already there", f"{' and '.join(source.format for source in found)} in {folder}"
+  with _writing(data_dir), tempfile.TemporaryFile(dir=data_dir):  # only now: what is there needs no writing
+    pass
   say(f"{builder}: preparing in {folder}")
   command = [*_command(), name, version, str(data_dir), f"--file_format={file_format}",
              *["--download"] * download, *["--bars"] * bars]

@@ -48,6 +48,10 @@ def prepare(name: str, version: str, data_dir: Path, file_format: str = "array_r
   manual = data_dir / "downloads" / "manual"
   try:
     manual.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise Problem(f"cannot write to {manual} ({error.strerror}); make it writable, or give another --data_dir"
+                  ) from error
+  try:
     builder = tfds.builder(f"{name}:{version}", data_dir=data_dir)
   except Exception as error:
     raise Problem(f"TFDS {tfds.__version__} cannot make {name}:{version} ({one_line(error.__cause__ or error)}); "

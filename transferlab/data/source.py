@@ -15,7 +15,7 @@ from transferlab.data.folders import domain_folder, find_images, image_folder, n
 from transferlab.data.lists import class_lists, list_files
 from transferlab.data.memory import digits
 from transferlab.data.tables import csv_file
-from transferlab.data.tasks import DataError, Split, Task, _some
+from transferlab.data.tasks import DataError, Split, Task, some
 
 
 def from_string(text: str, data_dir: str | os.PathLike = "", **options) -> Task:
@@ -81,7 +81,7 @@ def _sampled(task: Task, shots: int = 0, shots_seed: int = 0) -> Task:
     raise DataError(f"shots_seed is {shots_seed} without shots; expected ?shots=16&shots_seed={shots_seed}")
   if "train" not in task.splits:
     raise DataError(f"task {task.name!r} has no training images to draw {shots} per class from; found the splits "
-                    f"{_some(task.splits)}")
+                    f"{some(task.splits)}")
   drawn = few_shot(task.splits["train"], shots, shots_seed)
   return dataclasses.replace(
       task, name=f"{task.name}, {shots} shots", splits={**task.splits, "train": drawn},
@@ -115,5 +115,5 @@ def image_files(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> Split
   for path in paths:
     found += find_images(path) if os.path.isdir(path) else [os.fspath(path)]
   if not found:
-    raise DataError(f"no image in {_some(paths)}; expected image files or folders with {', '.join(SUFFIXES)} files")
+    raise DataError(f"no image in {some(paths)}; expected image files or folders with {', '.join(SUFFIXES)} files")
   return Split("test", tuple(found), np.zeros(len(found), np.int32), FileReader(tuple(found)))

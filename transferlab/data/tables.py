@@ -10,7 +10,7 @@ import numpy as np
 
 from transferlab.data.lists import read_text, slashes, text_task
 from transferlab.data.split import ALIASES
-from transferlab.data.tasks import DataError, Task, _some
+from transferlab.data.tasks import DataError, Task, some
 
 IMAGE_COLUMNS = ("image", "file", "path", "filename", "file_name", "filepath", "image_path")
 LABEL_COLUMNS = ("label", "class", "target", "class_name")
@@ -40,7 +40,7 @@ class Table:
     found = [name for name in ((wanted.strip().lower(),) if wanted else usual) if name in names]
     if not found and needed:
       what = repr(wanted) if wanted else ", ".join(usual)
-      raise DataError(f"{self.path} has the columns {_some(self.header)}; expected {what}; say which with {option}=")
+      raise DataError(f"{self.path} has the columns {some(self.header)}; expected {what}; say which with {option}=")
     if found and names.count(found[0]) > 1:
       raise DataError(f"{self.path} has {names.count(found[0])} columns called {found[0]!r}; expected one; rename the "
                       f"others, or say which column with {option}=")
@@ -87,7 +87,7 @@ def csv_file(path: str | os.PathLike, image_column: str | None = None, label_col
           if any(map(str.strip, row))]
   for line, row in used:
     if not row[image] or not row[label]:
-      raise DataError(f"{table.path} line {line} has no {'label' if row[image] else 'image'} ({_some(row)}); expected "
+      raise DataError(f"{table.path} line {line} has no {'label' if row[image] else 'image'} ({some(row)}); expected "
                       "both in every row; complete the row or remove it")
   if split is None:
     splits = {"train": np.arange(len(used))}
@@ -122,7 +122,7 @@ def read_table(path: str | os.PathLike) -> Table:
     raise DataError(f"the table {path} has {len(rows)} lines; expected a header and at least one image")
   for line, row in zip(lines, rows):
     if len(row) != len(rows[0]):
-      raise DataError(f"{path} line {line} has {len(row)} cells ({_some(row)}); expected {len(rows[0])} as in the "
+      raise DataError(f"{path} line {line} has {len(row)} cells ({some(row)}); expected {len(rows[0])} as in the "
                       "header; put a cell that contains the separator in quotes")
   return Table(path, rows[0], tuple(rows[1:]), tuple(lines[1:]), separator, "\r\n" if "\r\n" in text else "\n",
                "utf-8-sig" if marked else "utf-8")

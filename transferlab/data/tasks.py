@@ -153,8 +153,8 @@ class Task:
     class_names = tuple(class_names)
     unknown = [name for name in self.class_names if name not in class_names]
     if unknown:
-      raise DataError(f"task {self.name!r} has classes {_some(unknown)} that are not among the {len(class_names)} "
-                      f"expected ones ({_some(class_names)}); rename or remove these classes")
+      raise DataError(f"task {self.name!r} has classes {some(unknown)} that are not among the {len(class_names)} "
+                      f"expected ones ({some(class_names)}); rename or remove these classes")
     table = np.array([class_names.index(name) for name in self.class_names], np.int32)
     splits = {k: dataclasses.replace(s, labels=table[s.labels]) for k, s in self.splits.items()}
     return dataclasses.replace(self, class_names=class_names, splits=splits,
@@ -172,20 +172,20 @@ class Task:
     _check_class_names(self)
     for name in names:
       if name not in self.splits:
-        raise DataError(f"task {self.name!r} has no split {name!r}; found {_some(self.splits)}")
+        raise DataError(f"task {self.name!r} has no split {name!r}; found {some(self.splits)}")
       _check_split(self, self.splits[name])
     remarks = _differ_in_case_only(self.class_names)
     for name in names if "train" in names else ():
       missing = self._missing(name)
       if missing and name == "train" and not self.protocol:
         hint = "; labels count from 0" if missing[0] == self.class_names[0] else ""
-        raise DataError(f"task {self.name!r}: no training image of {_some(missing)}; expected at least one for each of "
+        raise DataError(f"task {self.name!r}: no training image of {some(missing)}; expected at least one for each of "
                         f"the {self.num_classes} classes{hint}; add images or remove the class")
       if missing and name == "test" and not self.domain_names and not self.protocol:
-        raise DataError(f"task {self.name!r}: train and test differ in classes, no test image of {_some(missing)}; "
+        raise DataError(f"task {self.name!r}: train and test differ in classes, no test image of {some(missing)}; "
                         f"expected the same {self.num_classes} classes; add test images or remove the class from both")
       if missing:
-        remarks.append(f"no {name} image of {_some(missing)}")
+        remarks.append(f"no {name} image of {some(missing)}")
     remarks += self._overlaps(names)
     return remarks
 
@@ -214,11 +214,11 @@ def class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
 def _check_class_names(task: Task) -> None:
   names = task.class_names
   if len(names) < 2:
-    raise DataError(f"task {task.name!r} has {len(names)} class ({_some(names)}); expected at least two; "
+    raise DataError(f"task {task.name!r} has {len(names)} class ({some(names)}); expected at least two; "
                     "is the folder given one level too deep?")
   if len(set(names)) != len(names):
     twice = [n for n in dict.fromkeys(names) if names.count(n) > 1]
-    raise DataError(f"task {task.name!r} names {_some(twice)} more than once; class names must differ")
+    raise DataError(f"task {task.name!r} names {some(twice)} more than once; class names must differ")
 
 
 def _differ_in_case_only(names: Iterable[str]) -> list[str]:
@@ -226,7 +226,7 @@ def _differ_in_case_only(names: Iterable[str]) -> list[str]:
   by_lower = {}
   for name in names:
     by_lower.setdefault(name.lower(), []).append(name)
-  return [f"classes {_some(same)} differ only in case; if they are one class, rename one of them"
+  return [f"classes {some(same)} differ only in case; if they are one class, rename one of them"
           for same in by_lower.values() if len(same) > 1]
 
 
@@ -242,7 +242,7 @@ def _check_split(task: Task, split: Split) -> None:
                     "correct the labels or name all classes")
 
 
-def _some(names: Iterable[str], limit: int = 5) -> str:
+def some(names: Iterable[str], limit: int = 5) -> str:
   """'a', 'b', ... for error messages that stay on one line."""
   names = [repr(str(n)) for n in names]
   more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from transferlab.data import tfrecord
 from transferlab.data.entries import Source
 from transferlab.data.files import decode
-from transferlab.data.tasks import DataError, Split, _some
+from transferlab.data.tasks import DataError, Split, some
 from transferlab.data.tfds_info import Info
 from transferlab.data.tfds_info import find as find
 from transferlab.data.tfds_info import sizes as sizes
@@ -32,7 +32,7 @@ def class_names(source: Source, feature: str = "label") -> tuple[str, ...]:
   """Names by label, as stored beside the shards; "0", "1", ... where the set has none."""
   features = _features(source.path)
   if feature not in features or not hasattr(features[feature], "names"):
-    raise DataError(f"{source.path} has no labels {feature!r}; found {_some(sorted(features))}; is it another version?")
+    raise DataError(f"{source.path} has no labels {feature!r}; found {some(sorted(features))}; is it another version?")
   return tuple(features[feature].names)
 
 
@@ -42,7 +42,7 @@ def records(source: Source, split: str) -> "Records":
     raise DataError(source.problem)
   info = Info.read(source.path)
   if split not in info.shards:
-    raise DataError(f"{source} in {source.path} has no split {split!r}; found {_some(info.shards)}; prepare it again")
+    raise DataError(f"{source} in {source.path} has no split {split!r}; found {some(info.shards)}; prepare it again")
   return Records(os.fspath(source.path), source.format, split, info.files(source.format, split), info.shards[split])
 
 
@@ -109,7 +109,7 @@ class _Reader:
                       "prepare the data set again")
     example = self._features.deserialize_example_np(read(record), decoders=self._undecoded)
     if lacking := sorted(name for name, value in example.items() if value is None):
-      raise ValueError(f"it lacks {_some(lacking)}")
+      raise ValueError(f"it lacks {some(lacking)}")
     return example
 
 
@@ -155,9 +155,14 @@ def examples(source: Source, split: str, rows: Sequence[int] | range, name: str,
       labels.append(int(label(example)))
       keys.append(_checksum(example[image], found.where(row)) if key is None else f"{split}/{_text(example[key])}")
     except KeyError as e:
-      raise DataError(f"{found.where(row)} has no feature {e}; found {_some(sorted(example))}; "
+      raise DataError(f"{found.where(row)} has no feature {e}; found {some(sorted(example))}; "
                       "is it another version?") from None
   return Split(name, tuple(keys), np.array(labels, np.int32), _Images(found, rows, image, scale))
+
+
+def stored_label(example: Mapping, feature: str = "label") -> int:
+  """A label as the set has it, for `examples`."""
+  return int(example[feature])
 
 
 def concatenate(name: str, *splits: Split) -> Split:

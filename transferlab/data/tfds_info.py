@@ -9,9 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transferlab.data.entries import Source
-from transferlab.data.tasks import DataError, _some
+from transferlab.data.tasks import DataError, some
 
 FORMATS = ("array_record", "tfrecord")  # the preferred one first
+# Builders whose class names lie beside the shards. Without that file TFDS calls classes "0", "1", ..., as it does for
+# those that never have it: a copy that lost it would pass for whole.
+NAMED = """caltech101 cars196 cifar100 domainnet dtd eurosat imagenet2012 imagenet_a imagenet_r imagenet_sketch
+  imagenet_v2 oxford_flowers102 oxford_iiit_pet resisc45 stanford_dogs sun397""".split()
+NAMES = "label.labels.txt"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 _WORD = re.compile(r"\w[\w.-]*")  # a split's name becomes part of a path
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -68,7 +73,7 @@ class Info:
       shards = {s["name"]: tuple(int(n) for n in s.get("shardLengths", ())) for s in info["splits"]}
       named = {s.get("filepathTemplate", _TEMPLATE) for s in info["splits"]}
       if named - {_TEMPLATE} or not all(map(_WORD.fullmatch, shards)):
-        raise ValueError(f"splits {_some(shards)} in files {_some(named)}, expected {_TEMPLATE}")
+        raise ValueError(f"splits {some(shards)} in files {some(named)}, expected {_TEMPLATE}")
       return cls(folder, "/".join(filter(None, (info["name"], info.get("configName")))), info["version"],
                  (info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", ())), shards)
     except FileNotFoundError:
@@ -103,12 +108,13 @@ def _copies(folder: Path, builder: str) -> list[Source]:
 
 
 def _missing(info: Info, format: str) -> str:
-  files = [file for split in info.shards for file in info.files(format, split)] + [str(info.folder / "features.json")]
+  files = [os.path.basename(file) for split in info.shards for file in info.files(format, split)] + ["features.json"]
+  files += [NAMES] * (info.builder.split("/")[0] in NAMED)
   present = set(os.listdir(info.folder))
-  lacking = [name for name in map(os.path.basename, files) if name not in present]
+  lacking = [name for name in files if name not in present]
   if not lacking:
     return ""
-  return (f"{info.folder} lacks {len(lacking)} of {len(files)} files ({_some(lacking, 2)}); complete the copy, or "
+  return (f"{info.folder} lacks {len(lacking)} of {len(files)} files ({some(lacking, 2)}); complete the copy, or "
           "delete it and prepare the set again")
 
 

@@ -26,11 +26,6 @@ NO_VEHICLE = 1000.0  # the distance if there is none
 PHASES = {"final": {"train": "train800val200", "test": "test"}, "tune": {"train": "train800", "val": "val200"}}
 
 
-def stored(example: Mapping, feature: str = "label") -> int:
-  """A label that the data set has."""
-  return int(example[feature])
-
-
 def clevr_count(example: Mapping) -> int:
   """Number of objects less 3, the fewest there are (task_adaptation `clevr.py`, count_all)."""
   return len(example["objects"]["size"]) - 3
@@ -101,7 +96,7 @@ class Vtab:
   folders: tuple[str, ...]
   val: Start
   test: Start = Start("test")
-  label: Callable[[Mapping], int] = stored
+  label: Callable[[Mapping], int] = tfds.stored_label
   names: tuple[str, ...] = ()
   scale: int = 1
   benchmark: str = "*"
@@ -153,7 +148,7 @@ def _dsprites(name: str, folder: str, feature: str, originals: int, noun: str) -
 
 def _smallnorb(name: str, folder: str, feature: str, degrees: range) -> Vtab:
   return Vtab(name, "structured", "smallnorb", "2.0.0", "2.", len(degrees), 12150, None, (folder,),
-              Start("test"), Start("test", (5,)), partial(stored, feature=feature),
+              Start("test"), Start("test", (5,)), partial(tfds.stored_label, feature=feature),
               tuple(f"{angle} degrees" for angle in degrees))
 
 

@@ -4,16 +4,16 @@ A task is a folder with `train800.txt`, `val200.txt`, `train800val200.txt` and `
 `images/train800val200/000000.jpg 5`: a path below that folder and a label.
 """
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from transferlab.data import tfds
 from transferlab.data.entries import Source
-from transferlab.data.lists import published_list
+from transferlab.data.lists import published_list, read_list, text_lines
 from transferlab.data.tasks import DataError, Split
 
 ROOTS = ("vtab-1k", "vtab", "")  # folders of a data directory that may hold the tasks' folders
 PARTS = ("train800", "val200", "train800val200", "test")
-PIECES = {"train800", "val200"}  # of train800val200
+WHOLE, PIECES = "train800val200", {"train800", "val200"}
 NAME_FILES = ("classnames.txt", "labels.txt")  # one class name per line; the published folders have none
 
 
@@ -35,15 +35,18 @@ def part(source: Source, name: str, num_classes: int) -> Split:
   Unless both have a list, train800 and val200 are the first 800 and the last 200 lines of train800val200.
 
   Raises:
-    DataError: a line that is none, a label out of range, an image that is not there, a path that leaves the folder.
+    DataError: see `published_list`; train800 and val200 together are not train800val200.
   """
   folder, lists = source.path, _lists(source.path)
   if name in lists and (name not in PIECES or lists >= PIECES):
-    return published_list(_list(folder, name), folder, name, num_classes)
-  if name == "train800val200":
+    split = published_list(_list(folder, name), folder, name, num_classes)
+    if name != "test" and lists >= {*PIECES, WHOLE}:
+      _check_pieces(folder)
+    return split
+  if name == WHOLE:
     return tfds.concatenate(name, part(source, "train800", num_classes), part(source, "val200", num_classes))
-  path = _list(folder, "train800val200")
-  whole = published_list(path, folder, "train800val200", num_classes)
+  path = _list(folder, WHOLE)
+  whole = published_list(path, folder, WHOLE, num_classes)
   if len(whole) != 1000:
     raise DataError(f"{path} has {len(whole)} lines; expected 1000, to be cut into train800 and val200; take the "
                     "published list, or add train800.txt and val200.txt")
@@ -54,12 +57,19 @@ def class_names(source: Source) -> tuple[str, ...]:
   """The names that lie beside the lists; () if none do."""
   for path in (source.path / name for name in NAME_FILES):
     if path.is_file():
-      try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-      except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"cannot read {path} ({e}); expected a text file with one class name per line") from None
-      return tuple(line.strip() for line in lines if line.strip())
+      return tuple(line.strip() for line in text_lines(path, "one class name per line") if line.strip())
   return ()
+
+
+def _check_pieces(folder: Path) -> None:
+  """The final training must not see other examples than the choice was made on."""
+  rows = {name: {(PurePosixPath(file), label) for file, label in read_list(_list(folder, name))}
+          for name in (WHOLE, *PIECES)}
+  if others := sorted(rows[WHOLE] ^ set.union(*(rows[name] for name in PIECES))):
+    file, label = others[0]
+    where = "train800val200.txt" if others[0] in rows[WHOLE] else "train800.txt and val200.txt"
+    raise DataError(f"{folder}: train800val200.txt is not train800.txt and val200.txt together; {len(others)} lines "
+                    f"differ, {file} {label} is only in {where}; take the published lists, all three")
 
 
 def _list(folder: Path, name: str) -> Path:
