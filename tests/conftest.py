@@ -69,6 +69,8 @@ def random_weights():
       noise = rng.standard_normal(shape).astype(np.float32)
       if name.endswith("scale"):
         return 1 + 0.1 * noise
+      if name.endswith("var"):
+        return 1 + abs(noise)
       return noise * np.float32(np.prod(shape[:-1]) ** -0.5 if len(shape) > 1 else 0.1)
     shapes = tree.flatten(backbones.abstract_params(spec))
     params = tree.unflatten({name: draw(name, leaf.shape) for name, leaf in shapes.items()})

@@ -187,7 +187,7 @@ def put(value, *path):
     (drop("options"), "no valid options"), (put(4, "options", "rank"), "mis-shaped: trainable/lora"),
     (put("two", "options", "rank"), "option 'rank' .* is 'two'; expected int"),
     (put(1, "options", "rankk"), "no option 'rankk'; nearest: rank"),
-    (put("resnet", "backbone", "spec", "family"), "unknown family"), (drop("spec", "backbone"), "unknown family"),
+    (put("transducer", "backbone", "spec", "family"), "unknown family"), (drop("spec", "backbone"), "unknown family"),
     (put("16", "backbone", "spec", "width"), "spec.width is '16'"),
     (put(0, "backbone", "spec", "heads"), "cannot be built"),
     (put(0, "backbone", "spec", "patch_size"), "cannot be built"),

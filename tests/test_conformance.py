@@ -36,8 +36,14 @@ def everything(spec) -> int:
   return spec.depth * block + 3 * p * p * D + D + N * D + 2 * D + (D if spec.class_token else 0)
 
 
+def adapters(spec, queries: int) -> int:
+  """Of InCA: projections and norm 4 D^2 + 5 D and the queries, at every block and the norm if that keeps its tokens."""
+  sites = spec.depth + (spec.pool != "mean_before_norm")
+  return sites * (4 * spec.width ** 2 + (5 + queries) * spec.width)
+
+
 # Sizes are the papers' formulas. Costs are a few per cent above what the tiny backbone takes: 1.00, 3.35, 2.47, 2.89,
-# 1.49 times its forward pass.
+# 1.49, 1.13, 1.58, 1.15, 1.05 times its forward pass.
 TABLE = {
     "linear": Expected(identity=True, size=lambda spec: 0, mergeable=True, cost=1.05),
     "full": Expected(identity=True, size=everything, mergeable=True, cost=3.5),
@@ -46,6 +52,10 @@ TABLE = {
     "lora": Expected(identity=True, still={"dropout": 0.0}, size=lambda spec: spec.depth * 4 * spec.width * 8,
                      mergeable=True, cost=3.0),
     "dtl": Expected(identity=pooled_patches, size=lambda spec: spec.depth * 4 * spec.width, mergeable=False, cost=1.6),
+    "inca": Expected(size=lambda spec: adapters(spec, 1), mergeable=False, cost=1.2),
+    "open_inca": Expected(size=lambda spec: adapters(spec, 5), mergeable=False, cost=1.65),
+    "all_features": Expected(options={"target_size": 64}, size=lambda spec: 0, mergeable=False, cost=1.2),
+    "head2toe": Expected(options={"target_size": 64, "fraction": 0.1}, size=lambda spec: 0, mergeable=False, cost=1.1),
 }
 
 # Other forms of the same methods, under their own names.
@@ -58,6 +68,13 @@ VARIANTS = {
                                       size=lambda spec: spec.depth * 32 * spec.width, mergeable=True)),
     "lora/noah": ("lora", Expected(options={"form": "fused", "compat": "noah", "dropout": 0.0}, identity=False,
                                    size=lambda spec: spec.depth * 32 * spec.width, mergeable=True)),
+    "inca/options": ("inca", Expected(
+        options={"sites": r"block_\d+/attn", "queries": 2, "heads": 4, "norm_tokens": True,
+                 "combine": "mean_probabilities"},
+        size=lambda spec: spec.depth * (4 * spec.width ** 2 + 9 * spec.width), mergeable=False)),
+    "all_features/options": ("all_features", Expected(
+        options={"sites": ("patch", "block_01/out", "pooled"), "penalty": "l1", "normalisation": "none",
+                 "target_size": 32}, size=lambda spec: 0, mergeable=False)),
     "dtl/cls": ("dtl", Expected(options={"readout": "cls", "first_write": 1, "rank": 3}, identity=True,
                                 size=lambda spec: spec.depth * 6 * spec.width, mergeable=False)),
 }

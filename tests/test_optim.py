@@ -119,6 +119,17 @@ def test_optimisers_by_hand(name):
     np.testing.assert_allclose([f[group][leaf] for f in found], wanted, rtol=0, atol=1e-5 if "adam" in name else 1e-6)
 
 
+def test_keras_adam_adds_eps_to_the_uncorrected_root():
+  """In float64 by hand, with an eps that is large enough to matter; decay is added to the gradient."""
+  found = updates(Optim("adam_keras", weight_decay=0.3, eps=0.1))
+  p, m, v = PARAMS["lora"]["a"].astype(np.float64), 0.0, 0.0
+  for t, (gradients, after) in enumerate(zip(GRADIENTS, found), 1):
+    g = gradients["lora"]["a"].astype(np.float64) + 0.3 * p
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+    p = p - 0.1 * np.sqrt(1 - 0.999 ** t) / (1 - 0.9 ** t) * m / (np.sqrt(v) + 0.1)
+    np.testing.assert_allclose(after["lora"]["a"], p, rtol=0, atol=1e-5)
+
+
 def test_rates_by_pattern():
   """Masked = subset: what has factor 0 does not move, and the rest moves as if it were alone."""
   for name in ("sgd", "adamw"):

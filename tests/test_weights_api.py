@@ -270,7 +270,7 @@ def test_export_writes_what_the_original_wrote(tmp_path):
 
 def test_export_tells_timm_every_size():
   odd = dataclasses.replace(TINY, width=50, mlp_width=116)  # int(width * (mlp_width / width)) falls short by one
-  for spec in (*ARCHITECTURES.values(), odd):
+  for spec in (*(spec for spec in ARCHITECTURES.values() if spec.family == "vit"), odd):
     arguments = timm_config(spec, 7, None)["model_args"]
     assert int(spec.width * arguments["mlp_ratio"]) == spec.mlp_width
     assert (arguments["embed_dim"], arguments["depth"], arguments["num_heads"]) == (spec.width, spec.depth, spec.heads)

@@ -178,8 +178,9 @@ def _parse_header(path, text) -> dict:
   spec = header["backbone"].get("spec")
   if not isinstance(spec, dict) or spec.get("family") not in list(backbones.FAMILIES):
     raise ValueError(f"{path} belongs to an unknown family of backbones; known: {', '.join(backbones.FAMILIES)}")
-  if not isinstance(spec.get("depth"), int) or not 1 <= spec["depth"] <= MAX_DEPTH:
-    raise ValueError(f"{path} says its backbone has {spec.get('depth')!r} blocks; expected 1 to {MAX_DEPTH}")
+  blocks = spec["stages"] if isinstance(spec.get("stages"), list) and spec["stages"] else [spec.get("depth")]
+  if not all(isinstance(n, int) and n >= 1 for n in blocks) or sum(blocks) > MAX_DEPTH:
+    raise ValueError(f"{path} says its backbone has {' + '.join(map(repr, blocks))} blocks; expected 1 to {MAX_DEPTH}")
   if header["preprocessing"].get("image_size") != spec.get("image_size"):
     raise ValueError(f"{path} prepares images of {header['preprocessing'].get('image_size')!r} px for a backbone of "
                      f"{spec.get('image_size')!r} px; the file is damaged, train again")

@@ -45,10 +45,10 @@ def options(text: str) -> dict:
 
 def costs(spec, method: str | None, method_options: dict, num_classes: int, *, batch_size: int = 32,
           remat: bool = False) -> list[dict]:
-  """A row per method, see `cost.of`; all methods with their defaults if `method` is None."""
+  """A row per method, see `cost.of`; all methods that fit, with their defaults, if `method` is None."""
   if method is None and method_options:
     raise ValueError("options belong to one method; give --method")
-  names = [method] if method else list(methods.METHODS)
+  names = [method] if method else [name for name in methods.METHODS if methods.fits(name, spec)]
   row = lambda name: cost.of(spec, methods.build(name, spec, **method_options), num_classes, batch_size=batch_size,
                              remat=remat)
   return [{"method": name, "backbone": spec.name, **row(name)} for name in names]

@@ -109,12 +109,12 @@ def drop_path(rng, rate: float, depth: int):
   """Stochastic depth (Huang et al. 2016) as a visitor.
 
   Each branch of a sample is dropped with a rate that grows linearly from 0 at the first block to `rate` at the last;
-  kept branches are scaled by 1 / keep. Attention and MLP draw apart.
+  kept branches are scaled by 1 / keep. Attention and MLP draw apart; a ResNet's block has one branch.
   """
   def visit(carry, site, y, x):
     del x
     block, _, place = site.partition("/")
-    if place not in ("attn", "mlp"):
+    if place not in ("attn", "mlp", "branch"):
       return carry, y
     index = int(block.rsplit("_", 1)[1])
     keep = 1 - rate * index / max(depth - 1, 1)

@@ -11,7 +11,7 @@ import optax
 from transferlab import tree
 from transferlab.config import resolve_steps
 
-OPTIMISERS = ("sgd", "adam", "adamw")
+OPTIMISERS = ("sgd", "adam", "adamw", "adam_keras")
 NO_DECAY = ((r"(.*/)?(bias|scale|cls|pos|patch_bias)", 0.0),)  # the default: biases, norms and tables of tokens
 SCHEDULES = ("constant", "cosine", "dtl", "noah", "vpt")
 
@@ -21,7 +21,8 @@ class Optim:
   """How parameters move.
 
   Fields:
-    name: "adamw" (decoupled decay), "adam" or "sgd" (decay added to the gradient, as torch does).
+    name: "adamw" (decoupled decay), "adam" or "sgd" (decay added to the gradient, as torch does), or "adam_keras",
+      which is "adam" with `eps` where Keras adds it; Keras' default is 1e-7.
     lr: peak learning rate.
     schedule: "constant" and "cosine" change every step, after a linear warm-up from 0. The others are constant within
       an epoch and reproduce released code: "dtl" (DTL and SSF: the last 10 epochs idle at 1e-8), "noah" (NOAH and FacT)
@@ -108,6 +109,15 @@ def schedule(optim: Optim, total_steps: int, steps_per_epoch: int, batch_size: i
   return lambda step: rates[jnp.minimum(step // steps_per_epoch, epochs - 1)]
 
 
+def scale_by_keras_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+  """Adam with eps added to the root of the uncorrected second moment, Kingma & Ba's "epsilon hat" (2015, section 2).
+
+  It is optax's with eps / sqrt(1 - b2^t) at step t: at first 32 times as much, for b2 = 0.999.
+  """
+  hat = lambda count: eps / jnp.sqrt(1 - b2 ** (count + 1.0))
+  return optax.inject_hyperparams(optax.scale_by_adam, static_args=("b1", "b2", "eps_root"))(b1, b2, hat)
+
+
 def make_optimiser(optim: Optim, rate, trainable) -> optax.GradientTransformation:
   """The optax transformation of an `Optim`; `rate` is a schedule, `trainable` gives the names that patterns address."""
   # A default that finds nothing to spare is no mistake of the user's, unlike a pattern that was asked for.
@@ -118,6 +128,7 @@ def make_optimiser(optim: Optim, rate, trainable) -> optax.GradientTransformatio
   decayed = optax.stateless(lambda updates, params: jax.tree.map(lambda u, p, d: u + d * p, updates, params, decay))
   scaled = optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
   adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
-  core = {"adamw": (adam, decayed), "adam": (decayed, adam), "sgd": (decayed, optax.trace(optim.momentum))}[optim.name]
+  core = {"adamw": (adam, decayed), "adam": (decayed, adam), "sgd": (decayed, optax.trace(optim.momentum)),
+          "adam_keras": (decayed, scale_by_keras_adam(optim.b1, optim.b2, optim.eps))}[optim.name]
   clip = (optax.clip_by_global_norm(optim.clip),) if optim.clip else ()
   return optax.chain(*clip, *core, scaled, optax.scale_by_learning_rate(rate))

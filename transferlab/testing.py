@@ -66,6 +66,8 @@ class Expected(NamedTuple):
 class Case:
   """One method on one backbone, with random weights and a batch; what is compiled is shared by the properties.
 
+  Of a method in stages this is the last, the one that is saved, made from the others' initial parameters.
+
   Fields:
     frozen: parameters of the backbone as a training step gets them, {} if the method keeps no second copy.
     initial, trainable: as initialised, and moved by noise so that every path counts.
@@ -76,10 +78,10 @@ class Case:
     self.make = _lookup(method)
     self.spec = backbones.architecture(backbone) if isinstance(backbone, str) else backbone
     self.expected, self.num_classes = expected, num_classes
-    self.method = self.make(self.spec, **expected.options)
+    self.params = _random_params(self.spec)
+    self.method = self.last_stage(expected.options)
     self.backbone = backbones.build(self.spec)
     self.preprocessing = Preprocessing(self.spec.image_size)
-    self.params = _random_params(self.spec)
     self.frozen = self.params if self.method.frozen else {}
     initial, self.state = self.method.init(jax.random.key(1), self.params, num_classes)
     self.initial = jax.tree.map(jnp.array, initial)
@@ -93,6 +95,12 @@ class Case:
                   "weight": np.float32([1] * (ROWS - 1) + [0])}
     self.traces = 0
     self._compiled = {}
+
+  def last_stage(self, options: dict) -> Method:
+    method = self.make(self.spec, **options)
+    while method.then:
+      method = method.then(*method.init(jax.random.key(1), self.params, self.num_classes))
+    return method
 
   def logits(self, trainable):
     """[B, C] of the batch."""
@@ -138,7 +146,7 @@ class Case:
     """The method without randomness, on the same trainable."""
     if not self.expected.still:
       return self.method
-    return self.make(self.spec, **{**self.expected.options, **self.expected.still})
+    return self.last_stage({**self.expected.options, **self.expected.still})
 
 
 def _lookup(method) -> Callable:
@@ -158,6 +166,8 @@ def _random_params(spec):
     noise = rng.standard_normal(leaf.shape).astype(np.float32)
     if name.endswith("scale"):
       return jnp.asarray(1 + 0.1 * noise)
+    if name.endswith("var"):
+      return jnp.asarray(1 + abs(noise))
     return jnp.asarray(noise * (np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.1))
   shapes = tree.flatten(backbones.abstract_params(spec))
   return tree.unflatten({name: draw(name, leaf) for name, leaf in shapes.items()})
@@ -220,12 +230,14 @@ def identity(case: Case) -> None:
 
 
 def size(case: Case) -> None:
-  """The number of trainable parameters follows the formula; the classifier has D C + C where it reads features of D."""
+  """The number of trainable parameters follows the formula; a classifier has D C + C where it reads features of D."""
   found = sizes(case.method, case.params, case.num_classes)
   head = found.trainable - found.trainable_without_classifier
-  D = case.initial["classifier"]["kernel"].shape[0]
-  if head != (D + 1) * case.num_classes:
-    raise Broken(f"classifier: found {head} parameters; expected {D} x {case.num_classes} + {case.num_classes}")
+  leaves = tree.flatten(case.initial["classifier"])
+  D = [leaf.shape[0] for name, leaf in leaves.items() if name.split("/")[-1] == "kernel"]  # parallel heads have several
+  if head != (sum(D) + len(D)) * case.num_classes:
+    each = ", ".join(f"{width} x {case.num_classes} + {case.num_classes}" for width in D)
+    raise Broken(f"classifier: found {head} parameters; expected {each}")
   if case.expected.size is None:
     raise Skip("no formula given")
   expected = case.expected.size(case.spec)

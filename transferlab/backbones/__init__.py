@@ -10,10 +10,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from transferlab.backbones.spec import ViTSpec
-from transferlab.backbones.vit import ViT, ignore
+from transferlab.backbones.resnet import ResNet
+from transferlab.backbones.spec import ResNetSpec, ViTSpec
+from transferlab.backbones.vit import ViT, ignore, normalise as normalise
 
-FAMILIES = {"vit": (ViTSpec, ViT)}  # family: the class of its specs, the module that computes it
+# family: the class of its specs, the module that computes it
+FAMILIES = {"vit": (ViTSpec, ViT), "resnet": (ResNetSpec, ResNet)}
 
 
 class Backbone(NamedTuple):
@@ -23,7 +25,7 @@ class Backbone(NamedTuple):
     spec: its shape, as plain data.
     init: rng -> params, random weights.
     apply: (params, inputs, visit, carry, *, start=0, remat_from=None) -> (features [B, D], carry). `inputs` are
-      normalised images [B, S, S, 3], or with start > 0 the tokens [B, T, D] that enter that block. Blocks from
+      normalised images [B, S, S, 3], or with start > 0 the tokens or the map that enters that block. Blocks from
       `remat_from` on are recomputed in the backward pass.
   """
   spec: Any
@@ -90,6 +92,16 @@ ARCHITECTURES: dict[str, Any] = {name: _vit(name, size, patch) for name, size, p
     ("vit_b8", "b", 8), ("vit_l16", "l", 16), ("vit_l32", "l", 32), ("vit_h14", "h", 14), ("vit_h16", "h", 16),
     ("vit_g14", "g", 14), ("vit_gigantic14", "G", 14))}
 ARCHITECTURES["vit_tiny_test"] = ViTSpec("vit_tiny_test", 16, 4, 16, 3, 2, 32)  # small enough for tests of every config
+
+_RESNETS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # He et al. 2016 table 1
+_WIDTHS = (256, 512, 1024, 2048)
+for _blocks, _stages in _RESNETS.items():
+  ARCHITECTURES[f"resnet{_blocks}"] = ResNetSpec(f"resnet{_blocks}", 224, _stages, _WIDTHS)
+  ARCHITECTURES[f"resnet{_blocks}_v2"] = ResNetSpec(f"resnet{_blocks}_v2", 224, _stages, _WIDTHS, version=2)
+for _blocks, _times in ((50, 1), (50, 3), (101, 1), (101, 3), (152, 2), (152, 4)):  # Kolesnikov et al. 2020 section 3
+  _name = f"bit_r{_blocks}x{_times}"
+  ARCHITECTURES[_name] = ResNetSpec(_name, 224, _RESNETS[_blocks], tuple(_times * width for width in _WIDTHS),
+                                    64 * _times, 2, "group", 32)
 
 
 def architecture(name: str, **changes):

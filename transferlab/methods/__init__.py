@@ -7,11 +7,15 @@ from transferlab.method import Method
 from transferlab.methods.bitfit import bitfit
 from transferlab.methods.dtl import dtl
 from transferlab.methods.full import full
+from transferlab.methods.head2toe import all_features, head2toe
+from transferlab.methods.inca import inca, open_inca
 from transferlab.methods.linear import linear
 from transferlab.methods.lora import lora
 from transferlab.tree import nearest
 
-METHODS = {"linear": linear, "full": full, "bitfit": bitfit, "lora": lora, "dtl": dtl}
+METHODS = {"linear": linear, "full": full, "bitfit": bitfit, "lora": lora, "dtl": dtl, "inca": inca,
+           "open_inca": open_inca, "all_features": all_features, "head2toe": head2toe}
+TRANSFORMERS_ONLY = ("lora", "dtl")  # they work inside attention, or on its residual stream of one width
 
 
 def options_of(name: str) -> dict:
@@ -20,11 +24,19 @@ def options_of(name: str) -> dict:
   return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def fits(name: str, spec) -> bool:
+  """Whether a method works on a backbone of this kind."""
+  return name not in TRANSFORMERS_ONLY or bool(spec.heads)
+
+
 def build(name: str, spec, **options) -> Method:
   """The method `name` for a backbone; unknown names and options are errors that name the nearest valid ones."""
   if name not in METHODS:
     raise ValueError(f"method {name!r} is unknown; nearest: {', '.join(nearest(name, METHODS))}; "
                      f"all: {', '.join(sorted(METHODS))}")
+  if not fits(name, spec):
+    raise ValueError(f"{name} needs transformer blocks; {spec.name} has none. Methods for it: "
+                     f"{', '.join(method for method in METHODS if fits(method, spec))}")
   known = options_of(name)
   for option in options:
     if option not in known:

@@ -9,8 +9,8 @@ def linear(spec, *, site: str = "pooled", tokens: str = "cls") -> Method:
   Args:
     spec: the backbone's spec.
     site: what is read. "pooled" is the backbone's feature vector [B, D]; any other site, such as "block_05/out", gives
-      tokens [B, T, D'] that are reduced by `tokens`.
-    tokens: "cls" takes the class token, "mean" the mean of the patch tokens; a site without tokens ignores it.
+      tokens [B, T, D'] or a map [B, H, W, D'], which are reduced by `tokens`.
+    tokens: "cls" takes the class token, "mean" the mean of the patch tokens or of the map; a vector ignores it.
 
   Merges into a plain backbone with a head when it reads "pooled".
   """
@@ -22,13 +22,14 @@ def linear(spec, *, site: str = "pooled", tokens: str = "cls") -> Method:
   if tokens not in ("cls", "mean"):
     raise ValueError(f"tokens is {tokens!r}; expected 'cls' or 'mean'")
   prefix = spec.prefix_tokens
-  has_tokens = len(shapes[site].shape) == 3
+  has_tokens = len(shapes[site].shape) > 2
   if has_tokens and tokens == "cls" and (not prefix or site == "patch"):
     raise ValueError(f"site {site!r} of {spec.name} has no class token; use tokens='mean'")
 
-  def reduce(y):  # [B, T, D'] or [B, D'] -> [B, D']
+  def reduce(y):  # [B, T, D'], [B, H, W, D'] or [B, D'] -> [B, D']
     if not has_tokens:
       return y
+    y = y.reshape(y.shape[0], -1, y.shape[-1])
     return y[:, 0] if tokens == "cls" else y[:, 0 if site == "patch" else prefix:].mean(axis=1)
 
   return Method(

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from transferlab import backbones
-from transferlab.backbones.spec import Preprocessing, ViTSpec
-from transferlab.backbones.weights import files, layouts, names, preprocess
+from transferlab.backbones.spec import Preprocessing, ResNetSpec, ViTSpec
+from transferlab.backbones.weights import files, layouts, names, preprocess, resnets
 from transferlab.backbones.weights.export import export_timm, save_weights
 from transferlab.backbones.weights.files import WeightsError
 from transferlab.backbones.weights.origin import Origin, locate
@@ -28,7 +28,7 @@ from transferlab.backbones.weights.positions import resample_positions
 from transferlab.tree import difference, flatten, unflatten
 
 __all__ = ["Weights", "WeightsError", "export_timm", "load_weights", "resample_positions", "save_weights",
-           "weights_hash"]
+           "weights_hash", "with_logits"]
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Weights(NamedTuple):
 
   Fields:
     spec: the network they fit.
-    params: nested dict of float32 numpy arrays, named as in `backbones/vit.py`.
+    params: nested dict of float32 numpy arrays, named as in `backbones/vit.py` or `resnet.py`.
     head: the file's classifier {"kernel": [D, C], "bias": [C]}, or None. The original ImageNet-21k release adds
       "pre_logits" {"kernel": [D, D], "bias": [D]}: logits = tanh(features @ kernel + bias) @ head.
     preprocessing: how pixels become the input.
@@ -46,7 +46,7 @@ class Weights(NamedTuple):
     source: where they came from, for logs; never an absolute path.
     hash: `weights_hash` of the parameters as loaded, before any resampling of positions.
   """
-  spec: ViTSpec
+  spec: ViTSpec | ResNetSpec
   params: dict
   head: dict | None
   preprocessing: Preprocessing
@@ -57,7 +57,7 @@ class Weights(NamedTuple):
 
 def load_weights(source, *, architecture: str | None = None, image_size: int | None = None,
                  preprocessing: Preprocessing | None = None, heads: int | None = None, gelu: str | None = None,
-                 download: bool = False) -> Weights:
+                 groups: int | None = None, download: bool = False) -> Weights:
   """Loads pretrained weights.
 
   Args:
@@ -68,6 +68,7 @@ def load_weights(source, *, architecture: str | None = None, image_size: int | N
     preprocessing: used instead of the one beside the weights.
     heads: attention heads, where neither the file nor a known width tells them.
     gelu: "erf" or "tanh" instead of the layout's form.
+    groups: of a ResNet's group norm, which no file tells; 32 if None, as in every published BiT.
     download: whether a zoo name may be fetched from the network; "hf:…" is a request to fetch in itself.
 
   Raises:
@@ -76,18 +77,15 @@ def load_weights(source, *, architecture: str | None = None, image_size: int | N
   """
   origin = locate(source, download)
   try:
-    return _load(origin, architecture, image_size, preprocessing, heads, gelu)
+    return _load(origin, architecture, image_size, preprocessing, heads, gelu, groups)
   except ValueError as error:
     named = str(error).startswith((origin.path.name, origin.source))
     raise WeightsError(str(error) if named else f"{origin.source}: {error}") from error
 
 
-def _load(origin: Origin, wanted, image_size, preprocessing, heads, gelu) -> Weights:
-  layout = layouts.recognise(*_read(origin), origin.config, origin.preprocessor)
+def _load(origin: Origin, wanted, image_size, preprocessing, heads, gelu, groups) -> Weights:
   asked = [backbones.architecture(name) for name in (wanted, origin.entry and origin.entry.architecture) if name]
-  if heads is None and asked and "heads" not in layout.facts:
-    heads = _heads_of(layout, asked[0], origin.path.name)
-  spec = layouts.infer(layout, heads, gelu)
+  layout, spec = _recognise(origin, asked, heads, gelu, groups)
   for other in asked:
     _check_variant(origin.path.name, spec, other)
   params, head = _convert(layout, spec)
@@ -97,21 +95,46 @@ def _load(origin: Origin, wanted, image_size, preprocessing, heads, gelu) -> Wei
                        "other weights, or a damaged file: fetch it again")
   preprocessing = _preprocessing(origin, layout, spec, image_size, preprocessing)
   if preprocessing.image_size != spec.image_size:
-    log.info("%s: positions resampled from %d to %d px", origin.name, spec.image_size, preprocessing.image_size)
+    log.info("%s: made for %d px, runs at %d px", origin.name, spec.image_size, preprocessing.image_size)
     spec = spec.at_resolution(preprocessing.image_size)
+  if "pos" in params:
     params["pos"] = resample_positions(params["pos"], spec.grid[0], spec.prefix_tokens)
   log.info("%s: %s, %s layout, %s; hash %s", origin.name, spec.name, layout.name, preprocessing.describe(), digest[:12])
   source = f"{origin.source} ({layout.source})" if layout.source else origin.source
   return Weights(spec, params, head, preprocessing, origin.name, source, digest)
 
 
-def weights_hash(params: dict, spec: ViTSpec) -> str:
+def _recognise(origin: Origin, asked: list, heads, gelu, groups):
+  """The layout and spec of the file, a ResNet's or a ViT's."""
+  arrays, metadata = _read(origin)
+  if found := resnets.recognise(arrays, metadata, origin.config, groups):
+    if heads or gelu:
+      raise WeightsError(f"heads and gelu belong to a ViT, and this is a {found[1].name}; leave them out")
+    return found
+  if groups:
+    raise WeightsError("groups belongs to a ResNet with group norm, and this is none; leave it out")
+  layout = layouts.recognise(arrays, metadata, origin.config, origin.preprocessor)
+  if heads is None and asked and "heads" not in layout.facts:
+    heads = _heads_of(layout, asked[0], origin.path.name)
+  return layout, layouts.infer(layout, heads, gelu)
+
+
+def with_logits(weights: Weights) -> Weights:
+  """A ResNet's weights with their classifier inside the backbone, so that "logits" is a site (Head2Toe taps it)."""
+  if weights.spec.family != "resnet" or not weights.head:
+    raise WeightsError(f"{weights.name}: expected a ResNet's weights with their classifier; "
+                       f"found {weights.spec.name} {'with' if weights.head else 'without'} one")
+  spec = dataclasses.replace(weights.spec, classes=len(weights.head["bias"]))
+  params = {**weights.params, "head": weights.head}
+  return weights._replace(spec=spec, params=params, head=None, hash=weights_hash(params, spec))
+
+
+def weights_hash(params: dict, spec) -> str:
   """SHA-256 (hex) of a backbone: names, shapes and float32 bytes in order of names, and what shapes do not show.
 
   The same weights hash equal from every layout; another GELU form, epsilon, pooling or number of heads differs.
   """
-  facts = f"{spec.family} eps={spec.norm_eps!r} gelu={spec.gelu} pool={spec.pool} heads={spec.heads}"
-  digest = hashlib.sha256(facts.encode())
+  digest = hashlib.sha256(f"{spec.family} {spec.hidden}".encode())
   for name, value in sorted(flatten(params).items()):
     value = np.ascontiguousarray(value, np.float32)
     digest.update(f"\n{name} {list(value.shape)}\n".encode())
@@ -121,7 +144,7 @@ def weights_hash(params: dict, spec: ViTSpec) -> str:
 
 def _read(origin: Origin):
   if origin.path.suffix == ".npz":
-    return files.read_npz(origin.path, layouts.google_parameters), {}
+    return files.read_npz(origin.path, resnets.npz_parameters), {}
   return files.read_sharded(origin.path) if origin.path.suffix == ".json" else files.read_safetensors(origin.path)
 
 
@@ -133,14 +156,13 @@ def _heads_of(layout: layouts.Layout, asked: ViTSpec, file: str) -> int | None:
   return asked.heads if D == asked.width else None
 
 
-def _check_variant(file: str, spec: ViTSpec, asked: ViTSpec):
-  sizes = lambda s: f"width {s.width}, {s.depth} blocks, {s.heads} heads, MLP {s.mlp_width}, patch {s.patch_size}"
-  if sizes(spec) != sizes(asked):
-    raise WeightsError(f"{file} is a {layouts.variant(spec)} ({sizes(spec)}); you asked for {asked.name} "
-                       f"({sizes(asked)})")
+def _check_variant(file: str, spec, asked):
+  if spec.sizes != asked.sizes:
+    name = layouts.variant(spec) if spec.family == "vit" else spec.name
+    raise WeightsError(f"{file} is a {name} ({spec.sizes}); you asked for {asked.name} ({asked.sizes})")
 
 
-def _convert(layout: layouts.Layout, spec: ViTSpec) -> tuple[dict, dict | None]:
+def _convert(layout: layouts.Layout, spec) -> tuple[dict, dict | None]:
   shapes = {name: leaf.shape for name, leaf in flatten(backbones.abstract_params(spec)).items()}
   rules = {name: rule for name, rule in names.expand(layout.rules, spec.depth).items() if name in shapes}
   expected = names.foreign_shapes(rules, shapes, spec.heads)
@@ -157,15 +179,18 @@ def _convert(layout: layouts.Layout, spec: ViTSpec) -> tuple[dict, dict | None]:
   return unflatten(names.to_native(rules, layout.arrays)), head
 
 
-def _head(layout: layouts.Layout, spec: ViTSpec):
+def _head(layout: layouts.Layout, spec):
   """The rules and shapes of the classifier a file has; a part without the others counts as missing."""
+  if spec.family == "resnet" and spec.classes:  # it lies inside the backbone
+    return {}, {}
   rules = names.expand(names.HEADS[layout.name], 0)
   shape = lambda name: getattr(layout.arrays.get(rules[name].foreign[0]) if name in rules else None, "shape", None)
   pre, bias = shape("pre_logits/bias"), shape("bias")
   if not any(shape(name) for name in rules):
     return {}, {}
   width = pre[0] if pre else spec.width
-  classes = bias[0] if bias else (shape("kernel") or (0,))[0 if layout.name in ("timm", "huggingface") else -1]
+  outputs_first = layout.name.startswith(("timm", "huggingface"))
+  classes = bias[0] if bias else (shape("kernel") or (0,))[0 if outputs_first else -1]
   shapes = {"kernel": (width, classes), "bias": (classes,)}
   if any(shape(name) for name in rules if name.startswith("pre_logits")):
     shapes |= {"pre_logits/kernel": (spec.width, width), "pre_logits/bias": (width,)}
@@ -173,7 +198,7 @@ def _head(layout: layouts.Layout, spec: ViTSpec):
   return rules, names.foreign_shapes(rules, shapes, spec.heads)
 
 
-def _preprocessing(origin: Origin, layout: layouts.Layout, spec: ViTSpec, image_size, given) -> Preprocessing:
+def _preprocessing(origin: Origin, layout: layouts.Layout, spec, image_size, given) -> Preprocessing:
   target = spec.image_size if image_size is None else image_size
   if target < 1 or target % spec.patch_size:
     raise WeightsError(f"image_size is {image_size}; expected a multiple of the patch size {spec.patch_size}")

@@ -12,7 +12,7 @@ import numpy as np
 
 from transferlab.backbones import abstract_params
 from transferlab.backbones.spec import Preprocessing, ViTSpec
-from transferlab.backbones.weights import names, preprocess
+from transferlab.backbones.weights import names, preprocess, resnets
 from transferlab.backbones.weights.files import WeightsError, write_json, write_safetensors
 from transferlab.tree import difference, flatten
 
@@ -44,6 +44,28 @@ def export_timm(weights, path, spec: ViTSpec | None = None, head: dict | None = 
     WeightsError: parameters do not fit the spec, or the path cannot be written.
   """
   spec, params, head, preprocessing = _parts(weights, spec, head, preprocessing)
+  path = Path(path)
+  file = path if path.suffix == ".safetensors" else path / "model.safetensors"
+  arrays, num_classes = (_timm_resnet if spec.family == "resnet" else _timm_vit)(spec, params, head)
+  config = timm_config(spec, num_classes, preprocessing)
+  write_safetensors(file, arrays, {"format": "pt", "timm_config": json.dumps(config)})
+  if file != path:
+    write_json(path / "config.json", config)
+  return file
+
+
+def _timm_resnet(spec, params: dict, head: dict | None):
+  """(arrays, number of classes); a classifier inside the backbone (`with_logits`) is the head."""
+  inside = {name.removeprefix("head/"): value for name, value in params.items() if name.startswith("head/")}
+  head = head or inside
+  layout = "timm_resnet" if spec.version == 1 else "timm_resnetv2"
+  arrays = names.from_native(names.expand(resnets.table(layout, spec), 0),
+                             {name: value for name, value in params.items() if not name.startswith("head/")}, 0)
+  arrays |= names.from_native(names.expand(names.HEADS[layout], 0), head, 0)
+  return arrays, len(head["bias"]) if head else 0
+
+
+def _timm_vit(spec, params: dict, head: dict | None):
   if head and "pre_logits" in head:
     log.warning("the head is left out: it has a tanh layer (pre_logits), which timm's ViT has not")
     head = None
@@ -53,17 +75,13 @@ def export_timm(weights, path, spec: ViTSpec | None = None, head: dict | None = 
   rules = names.expand(names.timm("fc_norm" if spec.pool == "mean_before_norm" else "norm"), spec.depth)
   arrays = names.from_native(rules, params, spec.heads)
   arrays |= names.from_native(names.expand(names.HEADS["timm"], 0), head or {}, spec.heads)
-  config = timm_config(spec, len(head["bias"]) if head else 0, preprocessing)
-  path = Path(path)
-  file = path if path.suffix == ".safetensors" else path / "model.safetensors"
-  write_safetensors(file, arrays, {"format": "pt", "timm_config": json.dumps(config)})
-  if file != path:
-    write_json(path / "config.json", config)
-  return file
+  return arrays, len(head["bias"]) if head else 0
 
 
 def timm_config(spec: ViTSpec, num_classes: int, preprocessing: Preprocessing | None) -> dict:
   """The config.json of a timm hub folder; "transferlab" holds what timm has no field for."""
+  if spec.family == "resnet":
+    return resnets.timm_config(spec, num_classes, preprocessing)
   pooling = "token" if spec.pool == "cls" else "avg"
   config = {
       "architecture": _TIMM_NAMES.get(spec.name, "vit_base_patch16_224"),

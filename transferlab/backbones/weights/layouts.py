@@ -196,8 +196,7 @@ def infer(layout: Layout, heads: int | None = None, gelu: str | None = None) -> 
 
 def variant(spec: ViTSpec) -> str:
   """The name of the architecture with these sizes, or one made of the sizes: "vit_w48_d3_p8"."""
-  sizes = lambda s: (s.width, s.depth, s.heads, s.mlp_width, s.patch_size)
-  return next((name for name, other in ARCHITECTURES.items() if sizes(other) == sizes(spec)),
+  return next((name for name, other in ARCHITECTURES.items() if other.sizes == spec.sizes),
               f"vit_w{spec.width}_d{spec.depth}_p{spec.patch_size}")
 
 

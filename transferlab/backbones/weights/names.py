@@ -35,6 +35,9 @@ SAME = Transform(lambda a: a[0], lambda x, heads: (x,))
 TRANSPOSED = Transform(lambda a: a[0].T, lambda x, heads: (x.T,))  # (out, in) <-> (in, out)
 CONVOLUTION = Transform(                                           # [D, 3, p, p] <-> [p, p, 3, D]
     lambda a: a[0].transpose(2, 3, 1, 0), lambda x, heads: (x.transpose(3, 2, 0, 1),))
+POINTWISE = Transform(                                             # [C, D, 1, 1] <-> [D, C]
+    lambda a: a[0][:, :, 0, 0].T, lambda x, heads: (x.T[:, :, None, None],))
+POINTWISE_BIT = Transform(lambda a: a[0][0, 0], lambda x, heads: (x[None, None],))  # [1, 1, D, C] <-> [D, C]
 THREE = Transform(np.concatenate, lambda x, heads: np.split(x, 3))  # 3 x [D] <-> [3D]
 THREE_TRANSPOSED = Transform(                                      # 3 x [D, D] <-> [D, 3D]
     lambda a: np.concatenate([x.T for x in a], axis=1),
@@ -120,6 +123,9 @@ HEADS = {  # classifiers, optional in every layout
                       ("pre_logits/bias", "head/pre_logits/bias", SAME)]),
     "timm": _table([("kernel", "head.weight", TRANSPOSED), ("bias", "head.bias", SAME)]),
     "huggingface": _table([("kernel", "classifier.weight", TRANSPOSED), ("bias", "classifier.bias", SAME)]),
+    "timm_resnet": _table([("kernel", "fc.weight", TRANSPOSED), ("bias", "fc.bias", SAME)]),
+    "timm_resnetv2": _table([("kernel", "head.fc.weight", POINTWISE), ("bias", "head.fc.bias", SAME)]),
+    "bit": _table([("kernel", "resnet/head/conv2d/kernel", POINTWISE_BIT), ("bias", "resnet/head/conv2d/bias", SAME)]),
     "google": _table([("kernel", "head/kernel", SAME), ("bias", "head/bias", SAME),
                       ("pre_logits/kernel", "pre_logits/kernel", SAME), ("pre_logits/bias", "pre_logits/bias", SAME)]),
 }

@@ -4,6 +4,9 @@ Where a file says nothing, the convention of its layout is assumed, and the call
   google        vit_jax's evaluation: squash to S x S bilinearly, [-1, 1] (vit_jax input_pipeline.py). DTL and FacT
                 squash with PIL's bicubic instead: preprocessing=Preprocessing(S, "bicubic").
   timm          bicubic, shorter side to S / 0.9, centre crop, mean = std = 0.5 (timm vision_transformer.py, _cfg).
+  timm_resnet   bilinear, shorter side to S / 0.875, centre crop, ImageNet's mean and std (timm resnet.py, _cfg).
+  timm_resnetv2 the same with mean = std = 0.5 (timm resnetv2.py, _cfg).
+  bit           as google (big_transfer's evaluation, at a resolution that it chooses by data set).
   huggingface   ViTImageProcessor's defaults: squash bilinearly, mean = std = 0.5.
 """
 import math
@@ -11,6 +14,7 @@ import math
 from transferlab.backbones.spec import CROPS, Preprocessing
 from transferlab.backbones.weights.files import WeightsError
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PIL_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # PIL.Image.Resampling, by value
 
 
@@ -18,7 +22,11 @@ def assumed(layout: str, image_size: int) -> Preprocessing:
   """The convention of a layout, for files that carry none."""
   if layout == "timm":
     return Preprocessing(image_size, "bicubic", "center", 0.9)
-  return Preprocessing(image_size, "bilinear" if layout in ("google", "huggingface") else "bicubic")
+  if layout == "timm_resnet":
+    return Preprocessing(image_size, "bilinear", "center", 0.875, IMAGENET_MEAN, IMAGENET_STD)
+  if layout == "timm_resnetv2":
+    return Preprocessing(image_size, "bilinear", "center", 0.875)
+  return Preprocessing(image_size, "bilinear" if layout in ("google", "huggingface", "bit") else "bicubic")
 
 
 def from_timm(config: dict, image_size: int) -> Preprocessing | None:
