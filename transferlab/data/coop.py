@@ -48,12 +48,14 @@ class Layout:
 
   @property
   def files(self) -> tuple[str, ...]:
+    """Names of the files that hold the split."""
     if self.split:
       return (f"split_zhou_{self.split}.json",)
     return ("variants.txt", *(f"images_variant_{part}.txt" for part in ("train", "val", "test")))
 
   @property
   def image_folders(self) -> tuple[str, ...]:
+    """The folders that have to be there, below `folder`."""
     return self.parts or (self.images,)
 
 

@@ -114,6 +114,7 @@ def _visible(name: str) -> bool:
 
 
 def subfolders(folder: Path) -> dict[str, Path]:
+  """Name -> path of the folders in one, sorted, without hidden ones."""
   return {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and _visible(path.name)}
 
 

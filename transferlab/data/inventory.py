@@ -36,6 +36,7 @@ class Row:
 
   @property
   def wrong(self) -> bool:
+    """Whether something has to be done about a set that is there."""
     return self.state in ("changed", "problem")
 
 

@@ -48,6 +48,7 @@ class Record:
 
 
 def path(data_dir: Path, task: str) -> Path:
+  """Where the record of a task lies."""
   return data_dir / FOLDER / f"{task.replace('/', '__')}.json"
 
 
