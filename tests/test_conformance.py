@@ -152,8 +152,8 @@ def broken_linear(spec, *, site="pooled"):
     trainable, state = inner.init(rng, frozen, num_classes)
     return {**trainable, "unused": trainable["classifier"]["bias"]}, state
   return inner._replace(
-      name="broken", init=init,
-      visit=lambda trainable, ctx: lambda carry, name, y, x: ({**carry, site: y} if name == site else carry, y))
+      name="broken", init=init, carry={},
+      visit=lambda trainable, ctx: lambda carry, name, y, x: ({"features": y} if name == site else carry, y))
 
 
 def test_check_method_passes_a_method_of_ones_own():

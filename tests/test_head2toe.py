@@ -16,7 +16,7 @@ from transferlab import backbones, losses, methods
 from transferlab.backbones.spec import Preprocessing
 from transferlab.backbones.vit import ignore
 from transferlab.checkpoint import load_adapter
-from transferlab.method import Context, Outputs, forward, predict, record, stages
+from transferlab.method import Context, Outputs, collect, forward, predict, record, stages
 from transferlab.methods.head2toe import layout_of
 from transferlab.methods.head2toe_features import (Layout, average, count_of, fraction_masks, pool, score, select,
                                                    standardise, unit, unit_per_layer)
@@ -228,7 +228,7 @@ def test_taps_of_a_vit(tiny_spec, tiny_weights, cls):
   wanted["cls_embedded"] = seen["norm"][:, 0]
 
   method = methods.build("all_features", tiny_spec, target_size=64, cls=cls, normalisation="none")
-  _, carry = backbones.build(tiny_spec).apply(params, images, method.visit({}, Context(frozen=params)), {})
+  _, carry = backbones.build(tiny_spec).apply(params, images, collect(method.reads, params), {})
   assert carry.keys() == wanted.keys()
   for name in wanted:
     close(carry[name], wanted[name], 1e-6)
@@ -255,7 +255,7 @@ def test_second_stage_of_a_vit_by_hand(tiny_spec, tiny_weights, normalisation):
   kept = np.argsort(-(trainable["classifier"]["kernel"] ** 2).sum(1), kind="stable")[:int(0.05 * layout.total)]
   np.testing.assert_array_equal(state["kept"], kept)
 
-  _, carry = backbone.apply(params, images, first.visit({}, Context(frozen=params)), {})
+  _, carry = backbone.apply(params, images, collect(first.reads, params), {})
   x = np.concatenate([carry[name] for name in layout.names], axis=1)[:, kept]
   if normalisation == "unit":
     layers = np.array(layout.layer_of(kept))
@@ -395,8 +395,7 @@ def test_embeddings_of_the_golden_backbone(tiny, golden):
   method = methods.build("all_features", GoldenSpec(), sites=SITES, target_size=64, normalisation="none")
   layout = layout_of(GoldenSpec(), sites=SITES, target_size=64)
   assert layout.sizes == tuple(wanted["embedding_sizes"])
-  visit = method.visit({}, Context(frozen=frozen))
-  _, carry = backbones.build(GoldenSpec()).apply(frozen, arrays["xq"], visit, {})
+  _, carry = backbones.build(GoldenSpec()).apply(frozen, arrays["xq"], collect(method.reads, frozen), {})
   close(np.concatenate([carry[site] for site in SITES], axis=1), wanted["emb_query"])
   assert method.reads.keys() == carry.keys()
 

@@ -19,7 +19,7 @@ from transferlab import backbones, data, methods, tree
 from transferlab.backbones.spec import Preprocessing, ViTSpec
 from transferlab.backbones.weights import Weights, names
 from transferlab.checkpoint import load_adapter, save_adapter
-from transferlab.method import Context, chain, forward, predict, sizes, stages
+from transferlab.method import Context, chain, forward, predict, sizes, stages, visitor
 from transferlab.methods import classifier
 from transferlab.optim import Optim, make_optimiser
 from transferlab.step import compile_step, make_step, start
@@ -198,7 +198,8 @@ def test_no_cotangent_below_the_first_write(tiny_spec, name, options, blocks):
   method, backbone = methods.build(name, tiny_spec, **options), backbones.build(tiny_spec)
   params = backbones.abstract_params(tiny_spec)
   trainable, state = jax.eval_shape(lambda rng, p: method.init(rng, p, 4), jax.random.key(0), params)
-  wired = method._replace(visit=lambda trainable, ctx: chain(trip_wire, method.visit(trainable, ctx)))
+  wired = method._replace(visit=lambda trainable, ctx: chain(trip_wire, visitor(method, trainable, ctx)[0]),
+                          carry=method.carry if method.visit else {})
   def loss(trainable, params, images):
     context = Context({"target": jnp.ones((2, 4)), "weight": jnp.ones(2)}, {}, params, {}, jax.random.key(0), True)
     return method.loss(trainable, forward(wired, backbone, trainable, images, context), context)

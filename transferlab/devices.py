@@ -29,13 +29,13 @@ def replicate(tree, mesh: Mesh):
 
 
 def put_batch(batch: dict, mesh: Mesh) -> dict:
-  """Puts a batch of numpy arrays [B, …] on the devices, B split over `data`.
+  """Puts a batch of arrays [B, …], nested or not, on the devices, B split over `data`.
 
   A batch that the devices do not divide is filled up with copies of its last row of weight 0.
   """
   missing = -len(batch["weight"]) % mesh.size
   if missing:
     fill = lambda x: np.concatenate([x, np.repeat(x[-1:], missing, axis=0)])
-    batch = {name: fill(value) for name, value in batch.items()}
+    batch = jax.tree.map(fill, batch)
     batch["weight"][-missing:] = 0
   return jax.device_put(batch, along_batch(mesh))

@@ -55,9 +55,11 @@ class Evaluation(NamedTuple):
 
 
 def make_predict(method: Method, backbone: backbones.Backbone, preprocessing: Preprocessing) -> Callable:
-  """A jitted (trainable, state, frozen, images [B, S, S, 3] on 0 … 255) -> logits [B, C] float32."""
-  return jax.jit(lambda trainable, state, frozen, images: predict(
-      method, backbone, trainable, state, frozen, to_inputs(images, preprocessing)))
+  """A jitted (trainable, state, frozen, inputs) -> logits [B, C] float32; inputs are images [B, S, S, 3] on 0 … 255, or
+  cached activations {slot: [B, …]}."""
+  return jax.jit(lambda trainable, state, frozen, inputs: predict(
+      method, backbone, trainable, state, frozen,
+      inputs if isinstance(inputs, dict) else to_inputs(inputs, preprocessing)))
 
 
 def evaluate(logits_of: Callable, loader: data.EvalLoader, num_classes: int, *, among: Sequence[int] = (), mesh=None,
@@ -65,8 +67,9 @@ def evaluate(logits_of: Callable, loader: data.EvalLoader, num_classes: int, *, 
   """Counts the predictions for everything a loader holds.
 
   Args:
-    logits_of: images [B, S, S, 3] uint8 -> logits [B, C]; called with batches of one size.
-    loader: from `data.eval_loader`.
+    logits_of: images [B, S, S, 3] uint8, or cached activations {slot: [B, …]}, whichever the batches hold -> logits
+      [B, C]; called with batches of one size.
+    loader: from `data.eval_loader`, or over cached activations.
     num_classes: C.
     among: the classes that compete, by index; the logits of others count as minus infinity. () for all.
     mesh: where batches go; one device by default.
@@ -79,7 +82,8 @@ def evaluate(logits_of: Callable, loader: data.EvalLoader, num_classes: int, *, 
   with Progress(len(loader), f"evaluating {loader.split.name}", quiet=quiet) as progress:
     for batch in loader:
       rows = batch["weight"] > 0
-      logits = np.asarray(logits_of(devices.put_batch(batch, mesh)["image"]))[:len(rows)][rows]  # [b, C]
+      inputs = devices.put_batch(batch, mesh)["activations" if "activations" in batch else "image"]
+      logits = np.asarray(logits_of(inputs))[:len(rows)][rows]  # [b, C]
       if len(outside):
         logits = logits.copy()
         logits[:, outside] = -np.inf

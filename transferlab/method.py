@@ -13,13 +13,20 @@ import jax
 import jax.numpy as jnp
 
 from transferlab import losses
-from transferlab.backbones import Backbone, ignore
+from transferlab.backbones import Backbone
 
 
 class Read(NamedTuple):
-  """One activation a method reads: a site, and how its tokens are reduced ("tokens" keeps all; "cls", "mean")."""
+  """One activation a method reads: a site, and how it is reduced before anything trainable sees it.
+
+  Fields:
+    site: its name.
+    how: the reduction in a word or two, "tokens" for none; with the site it names the result in a cache.
+    reduce: (y [B, …], frozen) -> [B, …], the reduction.
+  """
   site: str
-  reduce: str = "tokens"
+  how: str = "tokens"
+  reduce: Callable = lambda y, frozen: y
 
 
 class Context(NamedTuple):
@@ -33,6 +40,7 @@ class Context(NamedTuple):
     reference: sites of a second, frozen pass, if the method asks for one.
     rng: key for dropout and the like, None unless training.
     train: whether this is a training step.
+    vary: values of those options, see `Method.varies`, that parallel heads do not share.
   """
   batch: dict = {}
   state: dict = {}
@@ -40,12 +48,13 @@ class Context(NamedTuple):
   reference: dict = {}
   rng: Any = None
   train: bool = False
+  vary: dict = {}
 
 
 class Outputs(NamedTuple):
   """Of one forward pass."""
   logits: Any    # [B, C] float32
-  features: Any  # [B, D]
+  features: Any  # [B, D], None from a cache
   carry: Any     # the visitor's last carry
 
 
@@ -57,16 +66,23 @@ class Method(NamedTuple):
     options: its options as plain data; with the name they rebuild it.
     init: (rng, frozen, num_classes) -> trainable, state.
     weights: (trainable, frozen) -> frozen', parameters rewritten before the call.
-    visit: (trainable, ctx) -> visitor of the forward pass.
+    visit: (trainable, ctx) -> visitor of the forward pass; None for a method that only collects what it `reads`, whose
+      carry then is {slot: reduced activation}.
     carry: the visitor's first carry.
     readout: (trainable, features [B, D], carry, ctx) -> logits [B, C] float32.
     loss: (trainable, outputs, ctx) -> scalar.
-    reads: {slot: Read}, what a run from cached activations needs.
+    reads: {slot: Read}, in the order of the forward pass, what a run from cached activations needs. A method with a
+      visitor of its own reads unreduced sites.
     reference: sites of a second, frozen pass that ctx shall hold.
     writes_from: index of the first block whose computation depends on trainable; the depth if none does.
     merge: (trainable, frozen) -> frozen', the same classifier on a plain backbone; None where mathematics forbids it.
     frozen: False if the method never looks at the frozen parameters after init, so that no second copy is kept.
     then: (trainable, state) -> the Method of the next stage, or None.
+    varies: options, numbers, that `loss` and `readout` take from ctx.vary where they are there: parallel heads may
+      differ in them and still share one program.
+    members: (outputs) -> {member: logits [B, C]} of the classifiers that the method trains side by side, None for one.
+    choose: (trainable, state, {member: logits [N, C]}, labels [N]) -> (Method, trainable, state), made after training
+      from the members' logits on the validation split; None if nothing is left to choose.
   """
   name: str
   options: dict
@@ -74,7 +90,7 @@ class Method(NamedTuple):
   readout: Callable
   writes_from: int
   weights: Callable = lambda trainable, frozen: frozen
-  visit: Callable = lambda trainable, ctx: ignore
+  visit: Callable | None = None
   carry: Any = ()
   loss: Callable = lambda trainable, outputs, ctx: losses.cross_entropy(outputs.logits, ctx.batch)
   reads: dict = {}
@@ -82,6 +98,9 @@ class Method(NamedTuple):
   merge: Callable | None = None
   frozen: bool = True
   then: Callable | None = None
+  varies: tuple = ()
+  members: Callable | None = None
+  choose: Callable | None = None
 
 
 def record(*names: str):
@@ -95,6 +114,30 @@ def record(*names: str):
       carry = {**carry, site: jax.lax.stop_gradient(y)}
     return carry, y
   return visit
+
+
+def collect(reads: dict, frozen, stop: bool = True):
+  """A visitor whose carry becomes {slot: reduced activation}. Start with `carry={}`.
+
+  Args:
+    reads: {slot: Read}.
+    frozen: what reductions may look at.
+    stop: whether activations leave with `stop_gradient`; only a method that trains the backbone itself wants False.
+  """
+  def visit(carry, site, y, x):
+    del x
+    if y is not None:
+      found = {slot: read.reduce(y, frozen) for slot, read in reads.items() if read.site == site}
+      carry = {**carry, **(jax.lax.stop_gradient(found) if stop else found)}
+    return carry, y
+  return visit
+
+
+def visitor(method: Method, trainable, ctx: Context):
+  """(visitor, first carry) of a method's forward pass."""
+  if method.visit is None:
+    return collect(method.reads, ctx.frozen), {}
+  return method.visit(trainable, ctx), method.carry
 
 
 def replay(visit, carry, activations: dict):
@@ -135,29 +178,40 @@ def chain(*visitors):
   return visit
 
 
-def forward(method: Method, backbone: Backbone, trainable, images, ctx: Context, *, drop_path_rate: float = 0.0,
+def forward(method: Method, backbone: Backbone | None, trainable, inputs, ctx: Context, *, drop_path_rate: float = 0.0,
             remat: bool = False) -> Outputs:
   """One forward pass of an adapted backbone.
 
   Args:
-    images: [B, S, S, 3] normalised.
+    inputs: normalised images [B, S, S, 3]; or, for a method that only reads, its cached activations {slot: [B, …]},
+      which need no backbone.
     drop_path_rate: stochastic depth of the last block; acts in training only.
     remat: recompute the adapted blocks in the backward pass instead of keeping their activations.
   """
+  if isinstance(inputs, dict):
+    return _from_cache(method, trainable, inputs, ctx)
   if method.reference:
-    _, seen = backbone.apply(ctx.frozen, images, record(*method.reference), {})
+    _, seen = backbone.apply(ctx.frozen, inputs, record(*method.reference), {})
     ctx = ctx._replace(reference=seen)
-  visit = method.visit(trainable, ctx)
+  visit, carry = visitor(method, trainable, ctx)
   if ctx.train and drop_path_rate:
     visit = chain(drop_path(jax.random.fold_in(ctx.rng, 0), drop_path_rate, backbone.spec.depth), visit)
-  features, carry = backbone.apply(method.weights(trainable, ctx.frozen), images, visit, method.carry,
+  features, carry = backbone.apply(method.weights(trainable, ctx.frozen), inputs, visit, carry,
                                    remat_from=method.writes_from if remat else None)
   return Outputs(method.readout(trainable, features, carry, ctx), features, carry)
 
 
-def predict(method: Method, backbone: Backbone, trainable, state, frozen, images):
-  """Logits [B, C] float32 of normalised images [B, S, S, 3]."""
-  return forward(method, backbone, trainable, images, Context(state=state, frozen=frozen)).logits
+def _from_cache(method: Method, trainable, activations: dict, ctx: Context) -> Outputs:
+  carry = {slot: activations[slot].astype(jnp.float32) for slot in method.reads}  # stored as bfloat16, perhaps
+  if method.visit is not None:
+    sites = {read.site: carry[slot] for slot, read in method.reads.items()}
+    carry, _ = replay(method.visit(trainable, ctx), method.carry, sites)
+  return Outputs(method.readout(trainable, None, carry, ctx), None, carry)
+
+
+def predict(method: Method, backbone: Backbone | None, trainable, state, frozen, inputs):
+  """Logits [B, C] float32 of normalised images [B, S, S, 3], or of cached activations {slot: [B, …]}."""
+  return forward(method, backbone, trainable, inputs, Context(state=state, frozen=frozen)).logits
 
 
 def stages(method: Method, train: Callable) -> list:

@@ -40,6 +40,11 @@ def to_inputs(images, preprocessing: Preprocessing):
   return (images.astype(jnp.float32) / 255 - mean) / std
 
 
+def inputs_of(batch: dict, preprocessing: Preprocessing):
+  """What enters `method.forward`: a batch's cached activations, or its images, normalised."""
+  return batch["activations"] if "activations" in batch else to_inputs(batch["image"], preprocessing)
+
+
 def make_step(method: Method, backbone: Backbone, optimiser: optax.GradientTransformation, preprocessing: Preprocessing,
               num_classes: int, *, seed: int = 0, drop_path: float = 0.0, remat: bool = False,
               micro_batches: int = 1, class_weights=None):
@@ -52,11 +57,12 @@ def make_step(method: Method, backbone: Backbone, optimiser: optax.GradientTrans
     micro_batches: the batch is cut into so many parts whose gradients add up to the whole batch's.
     class_weights: [C] or None; examples count by the weight of their class, mixed ones by the weights of theirs.
 
-  The batch holds image [B, S, S, 3] on 0 … 255, label [B], weight [B], and soft_label [B, C] if labels are mixed.
+  The batch holds image [B, S, S, 3] on 0 … 255, or cached activations {slot: [B, …]}, for which no backbone is needed;
+  label [B], weight [B], and soft_label [B, C] if labels are mixed.
   """
   def loss(trainable, state, frozen, batch, rng):
     context = Context({**batch, "target": losses.targets(batch, num_classes)}, state, frozen, {}, rng, True)
-    outputs = forward(method, backbone, trainable, to_inputs(batch["image"], preprocessing), context,
+    outputs = forward(method, backbone, trainable, inputs_of(batch, preprocessing), context,
                       drop_path_rate=drop_path, remat=remat)
     return method.loss(trainable, outputs, context)
 

@@ -26,7 +26,7 @@ from transferlab.backbones.spec import Preprocessing
 from transferlab.backbones.weights import Weights, weights_hash
 from transferlab.checkpoint import Checkpoints, load_adapter, save_adapter
 from transferlab.evaluate import make_predict
-from transferlab.method import Context, Method, forward, sizes
+from transferlab.method import Context, Method, collect, forward, sizes, visitor
 from transferlab.methods import classifier
 from transferlab.optim import Optim, make_optimiser
 from transferlab.step import compile_step, make_step, start, to_inputs
@@ -275,14 +275,14 @@ def frozen(case: Case) -> None:
 def writes_from(case: Case) -> None:
   """Block `writes_from` is the first whose computation depends on what trains."""
   def seen(trainable, images):
-    inner = case.method.visit(trainable, Context(state=case.state, frozen=case.frozen))
+    inner, first = visitor(case.method, trainable, Context(state=case.state, frozen=case.frozen))
     def visit(carry, site, y, x):  # looks before the method writes
       mine, sites = carry
       sites = sites if y is None else {**sites, site: y}
       mine, y = inner(mine, site, y, x)
       return (mine, sites), y
     weights = case.method.weights(trainable, case.frozen)
-    _, (_, sites) = case.backbone.apply(weights, to_inputs(images, case.preprocessing), visit, (case.method.carry, {}))
+    _, (_, sites) = case.backbone.apply(weights, to_inputs(images, case.preprocessing), visit, (first, {}))
     return {**sites, **tree.flatten(weights)}
   run = jax.jit(seen)
   a, b = run(case.initial, case.batch["image"]), run(case.trainable, case.batch["image"])
@@ -308,6 +308,24 @@ def isolation(case: Case) -> None:
   if reached:
     raise Broken(f"isolation: found a gradient at frozen {', '.join(reached[:3])}; expected none, what is read needs "
                  "stop_gradient")
+
+
+def cached(case: Case) -> None:
+  """A method that only reads gives the same logits, loss and gradient from its activations as from the images."""
+  if case.method.writes_from < case.spec.depth or not case.method.reads:
+    raise Skip("writes into the backbone")
+  images = to_inputs(jnp.asarray(case.batch["image"]), case.preprocessing)
+  batch = {**case.batch, "target": losses.targets(case.batch, case.num_classes)}
+  def run(inputs, frozen):
+    context = Context(batch, case.state, frozen, {}, jax.random.key(0), True)
+    def loss(trainable):
+      outputs = forward(case.method, case.backbone, trainable, inputs, context)
+      return case.method.loss(trainable, outputs, context), outputs.logits
+    (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(case.trainable)
+    return {"loss": value, "logits": logits, **gradient}
+  kept = jax.jit(lambda params: case.backbone.apply(params, images, collect(case.method.reads, params), {})[1])
+  _equal("from cached activations, against from images", jax.jit(run)(kept(case.frozen), {}),
+         jax.jit(run)(images, case.frozen))
 
 
 def save_load(case: Case) -> None:
@@ -431,7 +449,7 @@ def lowers(case: Case) -> None:
 
 PROPERTIES: dict[str, Callable[[Case], None]] = {
     "logits": logits, "identity": identity, "size": size, "gradient": gradient, "frozen": frozen,
-    "writes_from": writes_from, "isolation": isolation, "save_load": save_load, "merged": merged,
+    "writes_from": writes_from, "isolation": isolation, "cached": cached, "save_load": save_load, "merged": merged,
     "devices": devices_agree, "micro_batches": micro_batches, "remat": remat, "resume": resume,
     "traced_once": traced_once, "cost": cost_class, "lowers": lowers}
 

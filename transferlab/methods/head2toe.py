@@ -9,11 +9,13 @@ pre_attn is the first norm's output, attn the attention branch, mlp_1 the MLP's 
 MLP's output. cls_embedded is the class token after the final norm, which on most ViTs pre_logits is too: it stays,
 since with it the numbers of features are the code's (ViT-B/16: 68352, 374784, 1254912 at T = 512, 8192, 24576).
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from transferlab import losses
-from transferlab.backbones import sites as shapes_of
+from transferlab.backbones import abstract_params, sites as shapes_of
 from transferlab.method import Method, Read
 from transferlab.methods import classifier
 from transferlab.methods.head2toe_features import (CLS_MODES, Layout, count_of, pool, score, select, unit,
@@ -60,35 +62,24 @@ def _check(spec, options: dict) -> None:
 
 
 def _reader(spec, sites: str | tuple, target_size: int, cls: str):
-  """(layout, reads, visit) of the pooled activations; the visitor's carry becomes {tap: [B, n]}."""
+  """(layout, reads) of the pooled activations {tap: [B, n]}."""
   shapes = shapes_of(spec)
-  reads = _taps(spec, sites, shapes)
-  width = shapes["patch"].shape[-1] if "patch" in shapes and spec.prefix_tokens else None
 
-  def reduce(read, y, token):  # [B, T, D'], [B, W, W, D'] or [B, D'] -> [B, n]
-    if read.site == "patch" and token is not None:  # the code taps the patches with the class token in front
-      y = jnp.concatenate([jnp.broadcast_to(token, (y.shape[0], 1, y.shape[2])).astype(y.dtype), y], axis=1)
-    return pool(y[:, :1], target_size) if read.reduce == "cls" else pool(y, target_size, cls)
+  def reduce(read, y, frozen):  # [B, T, D'], [B, W, W, D'] or [B, D'] -> [B, n]
+    if read.site == "patch" and spec.prefix_tokens:  # the code taps the patches with the class token in front
+      token = jnp.broadcast_to(frozen["cls"], (y.shape[0], 1, y.shape[2])).astype(y.dtype)
+      y = jnp.concatenate([token, y], axis=1)
+    return pool(y[:, :1], target_size) if read.how == "cls" else pool(y, target_size, cls)
 
-  token = None if width is None else jax.ShapeDtypeStruct((1, 1, width), jnp.float32)
-  size = lambda read: jax.eval_shape(lambda y, t: reduce(read, y, t), shapes[read.site], token).shape[1]
-  layout = Layout(tuple(reads), tuple(size(read) for read in reads.values()))
-
-  def visit(trainable, ctx):
-    token = None if width is None else ctx.frozen["cls"]
-    def visitor(carry, site, y, x):
-      for name, read in reads.items():
-        if read.site == site:
-          carry = {**carry, name: jax.lax.stop_gradient(reduce(read, y, token))}
-      return carry, y
-    return visitor
-
-  return layout, reads, visit
+  reads = {tap: Read(read.site, f"{read.how} pooled to {target_size} {cls}", functools.partial(reduce, read))
+           for tap, read in _taps(spec, sites, shapes).items()}
+  size = lambda read: jax.eval_shape(read.reduce, shapes[read.site], abstract_params(spec)).shape[1]
+  return Layout(tuple(reads), tuple(size(read) for read in reads.values())), reads
 
 
 def _head(spec, name: str, options: dict, reader, *, penalty: str, kept=None) -> Method:
   """A head on all features of a `_reader`, or on the `kept` [K] of them."""
-  layout, reads, visit = reader
+  layout, reads = reader
   normalised, paper = options["normalisation"] == "unit", options["compat"] == "paper"
 
   def init(rng, frozen, num_classes):
@@ -108,13 +99,14 @@ def _head(spec, name: str, options: dict, reader, *, penalty: str, kept=None) ->
     return classifier.apply(trainable["classifier"], x)
 
   def loss(trainable, outputs, ctx):
+    coefficient = ctx.vary.get("coefficient", options["coefficient"])
     value = losses.cross_entropy(outputs.logits, ctx.batch)
-    value += options["coefficient"] * losses.PENALTIES[penalty](trainable["classifier"]["kernel"])
+    value += coefficient * losses.PENALTIES[penalty](trainable["classifier"]["kernel"])
     # The code divides sums over b examples, b times the penalty among them, by the nominal batch size.
     return value * jnp.mean(ctx.batch["weight"] > 0) if paper else value
 
-  return Method(name=name, options=options, init=init, visit=visit, carry={}, readout=readout, loss=loss, reads=reads,
-                writes_from=spec.depth)
+  return Method(name=name, options=options, init=init, readout=readout, loss=loss, reads=reads, writes_from=spec.depth,
+                varies=("coefficient",))
 
 
 def all_features(spec, *, penalty: str = "l21", coefficient: float = 1e-4, sites: str | tuple = "paper",

@@ -89,7 +89,7 @@ def _method(name, spec, pattern, heads, norm_tokens, combine, queries, head, opt
       name=name, options={"sites": pattern, **options, "heads": heads, "norm_tokens": norm_tokens, "combine": combine},
       init=init, visit=visit, carry={}, loss=loss, writes_from=spec.depth,
       readout=lambda trainable, features, carry, ctx: combined(carry, combine),
-      reads={site: Read(site) for site in chosen})
+      reads={site: Read(site) for site in chosen}, members=lambda outputs: outputs.carry)
 
 
 def _matching(spec, shapes: dict, pattern: str) -> list[str]:

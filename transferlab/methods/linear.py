@@ -1,5 +1,5 @@
 """Linear probe: a classifier on one activation of the frozen backbone, by default its own feature vector."""
-from transferlab.method import Method, Read, record
+from transferlab.method import Method, Read
 from transferlab.methods import classifier
 
 
@@ -26,7 +26,7 @@ def linear(spec, *, site: str = "pooled", tokens: str = "cls") -> Method:
   if has_tokens and tokens == "cls" and (not prefix or site == "patch"):
     raise ValueError(f"site {site!r} of {spec.name} has no class token; use tokens='mean'")
 
-  def reduce(y):  # [B, T, D'], [B, H, W, D'] or [B, D'] -> [B, D']
+  def reduce(y, frozen):  # [B, T, D'], [B, H, W, D'] or [B, D'] -> [B, D']
     if not has_tokens:
       return y
     y = y.reshape(y.shape[0], -1, y.shape[-1])
@@ -36,9 +36,7 @@ def linear(spec, *, site: str = "pooled", tokens: str = "cls") -> Method:
       name="linear", options={"site": site, "tokens": tokens},
       init=lambda rng, frozen, num_classes: (
           {"classifier": classifier.init(rng, shapes[site].shape[-1], num_classes)}, {}),
-      visit=lambda trainable, ctx: record(site),
-      carry={},
-      readout=lambda trainable, features, carry, ctx: classifier.apply(trainable["classifier"], reduce(carry[site])),
-      reads={"features": Read(site, tokens if has_tokens else "tokens")},
+      readout=lambda trainable, features, carry, ctx: classifier.apply(trainable["classifier"], carry["features"]),
+      reads={"features": Read(site, tokens if has_tokens else "tokens", reduce)},
       writes_from=spec.depth,
       merge=(lambda trainable, frozen: frozen) if site == "pooled" else None)
