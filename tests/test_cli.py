@@ -269,6 +269,13 @@ def test_info_of_a_zoo_entry_needs_no_weights(run):
   assert code == 0 and json.loads(out)["patch"] == [1, 196, 768]
 
 
+def test_info_of_a_resnet_with_its_logits(run):
+  code, out, err = run("info", "--backbone=resnet50_v2", "--logits", "--sites", "--json")
+  assert code == 0 and json.loads(out)["logits"] == [1, 1000]
+  code, out, err = run("info", "--backbone=vit_tiny_test", "--logits")
+  assert code == 1 and any("vit_tiny_test has no site for logits; leave --logits out" in line for line in err)
+
+
 def test_convert_and_merge(place, run, tmp_path):
   code, out, err = run("convert", f"--backbone={place / 'tiny.safetensors'}", f"--out={tmp_path / 'timm.safetensors'}")
   again, weights = load_weights(tmp_path / "timm.safetensors"), load_weights(place / "tiny.safetensors")

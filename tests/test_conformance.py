@@ -46,6 +46,7 @@ def adapters(spec, queries: int) -> int:
 # 1.49, 1.13, 1.58, 1.15, 1.05 times its forward pass.
 TABLE = {
     "linear": Expected(identity=True, size=lambda spec: 0, mergeable=True, cost=1.05),
+    "mlp3": Expected(size=lambda spec: 2 * spec.width * (spec.width + 1), mergeable=False, cost=1.05),
     "full": Expected(identity=True, size=everything, mergeable=True, cost=3.5),
     "bitfit": Expected(identity=True, size=lambda spec: spec.depth * biases(spec) + 2 * spec.width, mergeable=True,
                        cost=2.6),
@@ -56,12 +57,20 @@ TABLE = {
     "open_inca": Expected(size=lambda spec: adapters(spec, 5), mergeable=False, cost=1.65),
     "all_features": Expected(options={"target_size": 64}, size=lambda spec: 0, mergeable=False, cost=1.2),
     "head2toe": Expected(options={"target_size": 64, "fraction": 0.1}, size=lambda spec: 0, mergeable=False, cost=1.1),
+    "head2toe_ft": Expected(options={"target_size": 64, "fraction": 0.1}, size=everything, mergeable=False, cost=3.6),
+    "head2toe_layers": Expected(options={"target_size": 64, "fraction": 0.1}, size=lambda spec: 0, mergeable=False,
+                                cost=1.1),
+    "head2toe_given": Expected(options={"target_size": 64, "kept": tuple(range(3, 300, 7)), "source": "other"},
+                               size=lambda spec: 0, mergeable=False, cost=1.1),
+    "scratch": Expected(size=everything, mergeable=True, cost=3.5),
 }
 
 # Other forms of the same methods, under their own names.
 VARIANTS = {
     "linear/site": ("linear", Expected(options={"site": "block_01/out", "tokens": "mean"}, size=lambda spec: 0,
                                        mergeable=False, cost=1.05)),
+    "mlp3/site": ("mlp3", Expected(options={"site": "block_01/out", "tokens": "mean"}, mergeable=False, cost=1.05,
+                                   size=lambda spec: 2 * spec.width * (spec.width + 1))),
     "lora/fused": ("lora", Expected(options={"form": "fused", "rank": 4, "scale": 0.5, "dropout": 0.0}, identity=True,
                                     size=lambda spec: spec.depth * 16 * spec.width, mergeable=True)),
     "lora/weights": ("lora", Expected(options={"space": "weights", "dropout": 0.0}, identity=True,
@@ -75,6 +84,10 @@ VARIANTS = {
     "all_features/options": ("all_features", Expected(
         options={"sites": ("patch", "block_01/out", "pooled"), "penalty": "l1", "normalisation": "none",
                  "target_size": 32}, size=lambda spec: 0, mergeable=False)),
+    "head2toe/fractions": ("head2toe", Expected(options={"target_size": 64, "fraction": (0.01, 0.1, 0.03)},
+                                                size=lambda spec: 0, mergeable=False)),
+    "head2toe_ft/baseline": ("head2toe_ft", Expected(options={"sites": "pooled", "fraction": 1.0}, size=everything,
+                                                     mergeable=False)),
     "dtl/cls": ("dtl", Expected(options={"readout": "cls", "first_write": 1, "rank": 3}, identity=True,
                                 size=lambda spec: spec.depth * 6 * spec.width, mergeable=False)),
 }
@@ -96,7 +109,7 @@ def case(method: str, backbone: str) -> Case:
   spec = BACKBONES.get(backbone, TINY)
   if not spec.class_token and expected.identity is pooled_patches:
     expected = expected._replace(identity=plain_pooled)
-  if not spec.qkv_bias and expected.size and name in ("bitfit", "full"):
+  if not spec.qkv_bias and expected.size and name in ("bitfit", "full", "head2toe_ft", "scratch"):
     size = expected.size
     expected = expected._replace(size=lambda spec: size(spec) - 3 * spec.width * spec.depth)
   return Case(name, spec, expected)

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transferlab.backbones.spec import INTERPOLATIONS, Preprocessing
+from transferlab.backbones.spec import PILLOW_FILTERS, Preprocessing
+from transferlab.backbones.weights.files import WeightsError
+from transferlab.backbones.weights.preprocess import to_timm
 from transferlab.data import normalise, preprocess
+from transferlab.data.image import resize_tf1
 
 GOLDEN = Path(__file__).resolve().parents[1] / ".." / "shared" / "golden" / "checkpoints" / "hf_vit" / "io.npz"
 
@@ -15,7 +18,7 @@ def noise(height, width, seed=0):
   return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
-@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("interpolation", PILLOW_FILTERS)
 @pytest.mark.parametrize("shape", [(50, 70), (16, 16), (9, 300)])
 def test_squash_is_pillows_resize(interpolation, shape):
   image = noise(*shape)
@@ -68,3 +71,44 @@ def test_squash_with_a_crop_resizes_both_sides_and_cuts_the_centre():
   found = preprocess(image, Preprocessing(28, "bicubic", "squash", 0.875))
   resized = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC))
   np.testing.assert_array_equal(found, resized[2:30, 2:30])
+
+
+# TensorFlow 1's bilinear resize
+
+@pytest.mark.parametrize("name", ["up", "down_rect", "same"])
+def test_bilinear_tf1_equals_tensorflow(golden, name):
+  with np.load(golden("head2toe/06_preprocess.npz"), allow_pickle=False) as file:
+    image, wanted, half_pixel = (file[f"{name}_{what}"] for what in ("in", "out48", "v2resize48"))
+  p = Preprocessing(48, "bilinear_tf1")
+  found = preprocess(image, p)
+  assert found.dtype == p.pixels == "float32" and not np.array_equal(found, found.round())
+  np.testing.assert_allclose(normalise(found, p), wanted, rtol=0, atol=1e-5)
+  assert np.abs(normalise(found, p) - half_pixel).max() > 0.5
+  assert np.array_equal(found, preprocess(Image.fromarray(image), p))  # as loaders take files
+
+
+def test_bilinear_tf1_by_hand():
+  row = np.float32([0, 90, 30])[None, :, None]
+  np.testing.assert_allclose(resize_tf1(row, 1, 6)[0, :, 0], [0, 45, 90, 60, 30, 30])  # the last one has no neighbour
+  np.testing.assert_allclose(resize_tf1(row, 1, 2)[0, :, 0], [0, 60])                  # at 0 and 1.5; nothing averaged
+  np.testing.assert_allclose(resize_tf1(row.swapaxes(0, 1), 6, 1)[:, 0, 0], [0, 45, 90, 60, 30, 30])
+  image = noise(7, 5)
+  assert np.array_equal(resize_tf1(image, 7, 5), image)
+
+
+def test_bilinear_tf1_is_cut_as_other_filters_are():
+  image = noise(40, 90)
+  found = preprocess(image, Preprocessing(28, "bilinear_tf1", "squash", 0.875))
+  assert np.array_equal(found, resize_tf1(image, 32, 32)[2:30, 2:30])
+  found = preprocess(noise(20, 900), Preprocessing(28, "bilinear_tf1", "center"))  # a strip
+  assert found.shape == (28, 28, 3) and found.dtype == np.float32
+
+
+def test_bilinear_tf1_can_be_asked_for_and_stored_but_timm_does_not_know_it():
+  p = Preprocessing(24).changed("interpolation=bilinear_tf1,crop=squash")
+  assert Preprocessing.from_dict(p.to_dict()) == p and "bilinear_tf1" in p.describe()
+  assert Preprocessing(24).pixels == "uint8"
+  with pytest.raises(WeightsError, match="timm has no interpolation 'bilinear_tf1'; expected one of nearest, "):
+    to_timm(p)
+  with pytest.raises(ValueError, match="interpolation 'bilinear_tf2' is unknown; expected one of nearest, "):
+    p.changed("interpolation=bilinear_tf2")

@@ -182,6 +182,83 @@ def test_eval_with_workers(folder):
               list(eval_loader(files(folder), P, batch_size=3, workers=2, cache=False)))
 
 
+# The order of the first epoch for all
+
+def test_a_fixed_order_is_that_of_the_first_epoch():
+  order = lambda batches: [b["index"].tolist() for b in batches]
+  make = lambda **how: train_loader(split_of(10), P, batch_size=4, seed=3, **how)
+  for drop_last, steps in ((True, 2), (False, 3)):
+    fixed = take(make(drop_last=drop_last, reshuffle=False), 4 * steps)
+    new = take(make(drop_last=drop_last), 4 * steps)
+    assert_same(fixed[:steps], new[:steps])
+    assert order(fixed) == 4 * order(fixed[:steps]) and order(new) != order(fixed)
+  assert order(take(train_loader(split_of(10), P, batch_size=4, seed=4, reshuffle=False), 3)) != order(fixed[:3])
+
+
+def test_in_a_fixed_order_augmentation_stays_random():
+  flipped = train_loader(split_of(8), P, batch_size=8, seed=3, augmentation="flip", reshuffle=False)
+  first, second = take(flipped, 2)
+  assert np.array_equal(first["index"], second["index"]) and not np.array_equal(first["image"], second["image"])
+
+
+@pytest.mark.parametrize("per_domain", [False, True])
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_fixed_order_resumes_bit_for_bit(stop, per_domain):
+  make = lambda **how: train_loader(split_of(10, domains=True), P, batch_size=4, seed=3, augmentation="flip",
+                                    drop_last=False, per_domain=per_domain, **{"reshuffle": False, **how})
+  whole, interrupted, resumed = take(make(), 9), make(), make()
+  take(interrupted, stop)
+  state = json.loads(json.dumps(interrupted.get_state()))
+  resumed.set_state(state)
+  assert_same(whole[stop:], take(resumed, 9 - stop))
+  with pytest.raises(DataError, match="has reshuffle False; this run has True"):
+    make(reshuffle=True).set_state(state)
+
+
+def test_every_domain_keeps_an_order_of_its_own():
+  def order(reshuffle):
+    batches = take(train_loader(of_domains((6, 4)), P, batch_size=2, seed=0, per_domain=True, reshuffle=reshuffle), 12)
+    return [np.concatenate([b["index"][b["domain"] == d] for b in batches]).tolist() for d in (0, 2)]
+  fixed, new = order(False), order(True)
+  for size, a, b in zip((6, 4), fixed, new):
+    assert a == a[:size] * (24 // size) and a[:size] == b[:size] and a != b
+
+
+# Pixels that are not on the uint8 grid
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_resize_that_leaves_fractions_keeps_them(folder, cache):
+  tf1, split = Preprocessing(12, "bilinear_tf1"), files(folder)
+  wanted = np.stack([preprocess(split.read(i), tf1) for i in range(8)])
+  batches = list(eval_loader(split, tf1, batch_size=8, cache=cache))
+  assert batches[0]["image"].dtype == np.float32 and np.array_equal(batches[0]["image"], wanted)
+  batch = next(train_loader(split, tf1, batch_size=8, seed=0, cache=cache))
+  assert batch["image"].dtype == np.float32 and np.array_equal(batch["image"], wanted[batch["index"]])
+  flipped = next(train_loader(split, tf1, batch_size=8, seed=0, cache=cache, augmentation="flip"))
+  turned = (flipped["image"] != wanted[flipped["index"]]).any((1, 2, 3))
+  assert turned.any() and np.array_equal(flipped["image"][turned], wanted[flipped["index"][turned]][:, :, ::-1])
+
+
+def test_fractions_take_four_times_the_memory_in_the_budget(folder):
+  tf1, split = Preprocessing(12, "bilinear_tf1"), files(folder)
+  assert cache_lib.load(split, tf1, cache="auto", budget=8 * 12 * 12 * 3 * 4).images.dtype == np.float32
+  assert cache_lib.load(split, tf1, cache="auto", budget=8 * 12 * 12 * 3 * 4 - 1).images is None
+
+
+def test_augmentations_of_8_bits_refuse_fractions():
+  tf1 = Preprocessing(12, "bilinear_tf1")
+  for change in ({"color_jitter": (0.3, 0, 0, 0)}, {"grayscale": 0.5}, {"randaugment": "rand-m9-mstd0.5-inc1"}):
+    for crop in (False, True):
+      augmentation = Augmentation(random_resized_crop=crop, **change)
+      with pytest.raises(ValueError, match="interpolation 'bilinear_tf1' leaves fractions; .* such as bilinear"):
+        train_loader(split_of(), tf1, batch_size=2, seed=0, augmentation=augmentation)
+  images = next(train_loader(split_of(), tf1, batch_size=2, seed=0, augmentation="fewshot"))["image"]
+  assert images.dtype == np.uint8  # a random crop with a filter of its own
+  for name in ("crop_flip", "timm"):
+    images = next(train_loader(split_of(), tf1, batch_size=2, seed=0, augmentation=name, num_classes=3))["image"]
+    assert images.dtype == np.float32 and images.shape == (2, 12, 12, 3)
+
+
 @pytest.mark.parametrize("change", [{"seed": 4}, {"batch_size": 5}, {"drop_last": False}, {"split": split_of(9)}])
 def test_a_position_in_other_data_is_refused(change):
   arguments = {"split": split_of(10), "seed": 3, "batch_size": 4, "drop_last": True}

@@ -18,8 +18,8 @@ from transferlab.backbones.vit import ignore
 from transferlab.checkpoint import load_adapter
 from transferlab.method import Context, Outputs, collect, forward, predict, record, stages
 from transferlab.methods.head2toe import layout_of
-from transferlab.methods.head2toe_features import (Layout, average, count_of, fraction_masks, pool, score, select,
-                                                   standardise, unit, unit_per_layer)
+from transferlab.methods.head2toe_features import (Layout, average, count_of, pool, score, select, standardise, unit,
+                                                   unit_per_layer)
 from transferlab.optim import Optim, make_optimiser, schedule
 from transferlab.step import compile_step, make_step, start
 
@@ -40,8 +40,9 @@ def close(found, wanted, tolerance=1e-5):
 
 # --- Pooling --------------------------------------------------------------------------------------------------------
 
-def test_pooling(golden):
-  arrays, seen = read(golden("head2toe/01_pooling.npz")), 0
+@pytest.mark.parametrize("file, count", [("01_pooling", 70), ("01_pooling_small", 24)])  # some of the same arrays
+def test_pooling(golden, file, count):
+  arrays, seen = read(golden(f"head2toe/{file}.npz")), 0
   for name, wanted in arrays.items():
     layer, _, how = name.rpartition("_")
     if how == "in":
@@ -51,7 +52,7 @@ def test_pooling(golden):
     x = arrays[f"{layer.removesuffix(f'_{cls}')}_in"]
     found = average(x, int(how[4:])) if how.startswith("pool") else pool(x, int(how[1:]), cls)
     close(found, wanted)
-  assert seen == 70
+  assert seen == count
 
 
 def test_pooling_of_a_single_token_passes_it():
@@ -187,22 +188,6 @@ def test_scores_and_selection(golden):
       np.testing.assert_array_equal(local, arrays[f"idx_f{fraction}_off0_{name}"])
     if fraction < 1:  # without the best three
       np.testing.assert_array_equal(select(scores, count + 3)[3:], arrays[f"idx_f{fraction}_off3"])
-
-
-def test_masks_over_sorted_features_equal_subsets():
-  """One head of 20 features serves every fraction: masked equals that fraction's features alone."""
-  rng = np.random.default_rng(0)
-  layout = Layout(("a", "b", "c"), (20, 7, 13))
-  x, head = rng.standard_normal((5, 40), np.float32), rng.standard_normal((20, 3), np.float32)
-  kept = select(rng.random(40, np.float32), 20)
-  layers, fractions = layout.layer_of(kept), (0.05, 0.29, 0.5)
-  masks = fraction_masks(fractions, layout.total)
-  assert masks.shape == (3, 20)
-  run = jax.jit(lambda mask: unit_per_layer(x[:, kept], layers, 3, mask) @ head)
-  for fraction, mask in zip(fractions, masks):
-    K = count_of(fraction, 40)
-    close(run(mask), unit_per_layer(x[:, kept[:K]], layers[:K], 3) @ head[:K], 1e-6)
-  assert masks.sum(1).tolist() == [2, 11, 20]
 
 
 # --- On a ViT -------------------------------------------------------------------------------------------------------

@@ -19,16 +19,20 @@ PACKAGE = ROOT / "transferlab"
 LAYERS = [  # from the top to the bottom; modules of one layer do not import each other
     "cli quickstart",
     "commands",
-    "suite",
+    "analysis",
+    "papers sweep",
+    "suite shared grid choice incremental",
     "report",
     "experiment serve inform testing",
+    "heads",
     "train",
     "evaluate checkpoint cost workdir",
-    "step recipe",
+    "features",
+    "step recipe plots",
     "data optim devices progress metrics",
     "methods",
     "method",
-    "losses backbones",
+    "losses backbones ensembles",
     "config",
     "tree files",
 ]
@@ -43,7 +47,7 @@ ONLY = {  # library: the only modules that may import it
     "torch": r"nothing",
     "huggingface_hub": r"backbones\.weights\..*",
     "ml_collections": r"experiment",
-    "matplotlib": r"evaluate|inform",
+    "matplotlib": r"plots",
     "sklearn": r"data\.memory|pretraining\..*",
 }
 

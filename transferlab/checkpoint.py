@@ -97,6 +97,11 @@ def save_adapter(path, method: Method, trainable, state, *, weights: Weights, cl
       "backbone": {"name": weights.name, "source": weights.source, "hash": weights.hash,
                    "spec": weights.spec.to_dict()},
       "preprocessing": weights.preprocessing.to_dict(), "versions": versions(), **(notes or {})}
+  write_adapter(path, header, trainable, state)
+
+
+def write_adapter(path, header: dict, trainable, state) -> None:
+  """Writes an adapter under a header as `Adapter.header` has it, whole or not at all."""
   arrays = tree.flatten({"trainable": trainable, "state": state})
   arrays = {name: np.asarray(leaf, order="C") for name, leaf in arrays.items()}
   with atomic(path) as temporary:

@@ -5,8 +5,12 @@ import sys
 
 from absl import flags
 
+from transferlab.commands.classes import classes, incremental
 from transferlab.commands.data import data_verb
-from transferlab.commands.training import report, train
+from transferlab.commands.features import features
+from transferlab.commands.reporting import report
+from transferlab.commands.sweeping import sweep
+from transferlab.commands.training import train
 from transferlab.commands.using import evaluate, predict
 from transferlab.commands.weights import convert, info, merge
 
@@ -14,19 +18,29 @@ USAGE = """usage: transferlab VERB [--flag=value …]      (transferlab VERB --h
 
   train     --config=configs/folder.py:data=folder:/images,method=dtl --workdir=runs/mine
   train     --config=configs/vtab.py:method=dtl --suite=vtab1k --data_dir=/data --workdir=runs/vtab
+  sweep     --config=configs/vtab.py:phase=tune --grid="optim.lr=1e-3,1e-2" --final=phase=final --workdir=runs/dtd
   report    runs/vtab
+  report    runs/vtab --paper=head2toe/vit_b16
+  report    runs/vtab --figure=head2toe/layers --out=figures
   eval      --adapter=runs/mine/adapter.safetensors --data=folder:/images
   predict   --adapter=runs/mine/adapter.safetensors --out=predictions.csv image.jpg folder/
   predict   --adapter=runs/mine/adapter.safetensors --table=photos.csv --out=predicted.csv
+  predict   --adapter=cats/adapter.safetensors,dogs/adapter.safetensors image.jpg
   info      --backbone=vit_b16 --method=dtl --num_classes=100
+  info      --backbone=vit_l16 --method=inca --against=full --heads=8
   convert   --backbone=weights.npz --out=weights.safetensors
   merge     --adapter=runs/mine/adapter.safetensors --out=merged.safetensors
+  classes   --adapter=runs/mine/adapter.safetensors --drop=ant,bee --out=fewer.safetensors
+  incremental --config=configs/folder.py:data=folder:/images,method=open_inca --steps=5 --workdir=runs/steps
+  features  --backbone=vit_formula64 --data=folder:/images --method=head2toe --out=cache --dry_run
   data      --data=folder:/images
   data      list|check|prepare vtab1k coop/dtd --data_dir=/data
 """
 
-VERBS = {"train": train, "report": report, "eval": evaluate, "predict": predict, "info": info, "convert": convert,
-         "merge": merge, "data": data_verb}
+VERBS = {"train": train, "sweep": sweep, "report": report, "eval": evaluate, "predict": predict, "info": info,
+         "convert": convert, "merge": merge, "classes": classes, "incremental": incremental, "features": features,
+         "data": data_verb}
+RESUMES = ("train", "sweep", "incremental", "features")  # what the same command takes up where it stopped
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,13 +63,13 @@ def main(argv: list[str] | None = None) -> None:
     hint = ""
     if isinstance(error, flags.UnrecognizedFlagError):
       hint = f"; transferlab {verb} --help lists the flags"
-      hint += ", configuration keys are --config.NAME" * (verb == "train")
+      hint += ", configuration keys are --config.NAME" * (verb in ("train", "sweep", "incremental"))
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-      hint = "; free some space and run the same command again" + ", it resumes" * (verb == "train")
+      hint = "; free some space and run the same command again" + ", it resumes" * (verb in RESUMES)
     print("error: " + " ".join(str(error).split()) + hint, file=sys.stderr)
     raise SystemExit(1) from None
   except KeyboardInterrupt:
-    print("stopped" + "; the same command resumes from the last checkpoint" * (verb == "train"), file=sys.stderr)
+    print("stopped" + "; the same command resumes from what is saved" * (verb in RESUMES), file=sys.stderr)
     raise SystemExit(130) from None
 
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from transferlab import backbones
+from transferlab import backbones, features
 from transferlab.backbones.spec import Preprocessing
 from transferlab.method import Method, predict, sizes
 from transferlab.optim import Optim, make_optimiser
-from transferlab.step import compile_step, make_step, start, to_inputs
+from transferlab.step import compile_step, inputs_of, make_step, start
 
 
 class StepCost(NamedTuple):
@@ -64,6 +64,11 @@ def available_bytes() -> int:
   return int(0.8 * min(limits))
 
 
+def held_bytes() -> int:
+  """Memory of an accelerator that arrays hold, cached activations say; 0 on CPU, where it is no longer available."""
+  return int((jax.devices()[0].memory_stats() or {}).get("bytes_in_use", 0))
+
+
 def largest_that_fits(compiled: Callable[[int], Any], rows: int, device_count: int = 1, limit: int | None = None):
   """(compiled step, number of parts) of the largest micro-batch whose peak stays below `limit` bytes."""
   limit = available_bytes() if limit is None else limit
@@ -75,27 +80,60 @@ def largest_that_fits(compiled: Callable[[int], Any], rows: int, device_count: i
                    "remat=True, or use a smaller backbone, a smaller image_size or a method that trains less")
 
 
-def of(spec, method: Method, num_classes: int, *, batch_size: int = 32, dtype=jnp.float32, remat: bool = False) -> dict:
-  """Sizes and costs of a method on a backbone, from shapes alone.
+def image_batch(spec, rows: int) -> dict:
+  """Shapes of a batch of images."""
+  size = (spec.image_size, spec.image_size, 3)
+  return {"image": jax.ShapeDtypeStruct((rows, *size), jnp.uint8), "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
+          "weight": jax.ShapeDtypeStruct((rows,), jnp.float32)}
 
-  Returns:
-    trainable, trainable_without_classifier, state, frozen: numbers of parameters; forward_flops and train_flops of one
-    batch; train_peak_bytes of the compiled step; adapter_bytes of the arrays in the adapter file.
-  """
-  backbone = backbones.build(spec, dtype)
-  preprocessing = Preprocessing(spec.image_size)
-  whole = jax.eval_shape(lambda p: p, backbones.abstract_params(spec))
-  frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), whole) if method.frozen else {}
+
+def of_training(spec, method: Method, num_classes: int, *, batch_size: int = 32, dtype=jnp.float32,
+                remat: bool = False, cached: bool = False) -> StepCost:
+  """Of one training step on a backbone, from shapes alone; arguments as of `of`."""
+  run, frozen, batch = _arguments(spec, method, num_classes, batch_size, dtype, cached)
+  optimiser = make_optimiser(Optim(), lambda step: 1e-3, run.trainable)
+  step = make_step(method, backbones.build(spec, dtype), optimiser, Preprocessing(spec.image_size), num_classes,
+                   remat=remat)
+  return of_step(compile_step(step, run, frozen, batch, remat=remat))
+
+
+def _arguments(spec, method: Method, num_classes: int, batch_size: int, dtype, cached: bool) -> tuple:
+  """Shapes of what a step takes: (run, frozen, batch)."""
+  whole = backbones.abstract_params(spec)
+  cast = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype)
+  frozen = jax.tree.map(cast, whole) if method.frozen and not cached else {}
   trainable, state = jax.eval_shape(lambda rng, p: method.init(rng, p, num_classes), jax.random.key(0), whole)
   optimiser = make_optimiser(Optim(), lambda step: 1e-3, trainable)
   run = jax.eval_shape(lambda t, s: start(t, s, optimiser), trainable, state)
-  B, S = batch_size, spec.image_size
-  batch = {"image": jax.ShapeDtypeStruct((B, S, S, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((B,), jnp.int32),
-           "weight": jax.ShapeDtypeStruct((B,), jnp.float32)}
-  step = make_step(method, backbone, optimiser, preprocessing, num_classes, remat=remat)
-  step = compile_step(step, run, frozen, batch, remat=remat)
-  forward = jax.jit(lambda t, s, f, images: predict(method, backbone, t, s, f, to_inputs(images, preprocessing)))
-  compiled = forward.lower(trainable, state, frozen, batch["image"]).compile()
-  saved = jax.tree.leaves((trainable, state))
-  return {**sizes(method, whole, num_classes)._asdict(), "forward_flops": flops(compiled), **of_step(step)._asdict(),
-          "adapter_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in saved), "batch_size": B, "remat": remat}
+  batch = image_batch(spec, batch_size)
+  if cached:
+    del batch["image"]
+    batch["activations"] = features.activation_shapes(spec, method.reads, batch_size)
+  return run, frozen, batch
+
+
+def of(spec, method: Method, num_classes: int, *, batch_size: int = 32, dtype=jnp.float32, remat: bool = False,
+       cached: bool = False) -> dict:
+  """Sizes and costs of a method on a backbone, from shapes alone; of its first stage if it has several.
+
+  Args:
+    dtype: in which the backbone computes, and its frozen parameters are.
+    cached: the costs of training from cached activations, float32, without the backbone; the method has to be one that
+      only reads.
+
+  Returns:
+    trainable, trainable_without_classifier, state, frozen: numbers of parameters; forward_flops and train_flops of one
+    batch; train_peak_bytes of the compiled step; adapter_bytes of the arrays in the adapter file; with `cached`,
+    bytes_per_image that a step reads.
+  """
+  run, frozen, batch = _arguments(spec, method, num_classes, batch_size, dtype, cached)
+  backbone, preprocessing = backbones.build(spec, dtype), Preprocessing(spec.image_size)
+  inputs = {name: batch[name] for name in ("image", "activations") if name in batch}
+  forward = jax.jit(lambda t, s, f, inputs: predict(method, backbone, t, s, f, inputs_of(inputs, preprocessing)))
+  compiled = forward.lower(run.trainable, run.state, frozen, inputs).compile()
+  step = of_training(spec, method, num_classes, batch_size=batch_size, dtype=dtype, remat=remat, cached=cached)
+  saved = jax.tree.leaves((run.trainable, run.state))
+  return {**sizes(method, backbones.abstract_params(spec), num_classes)._asdict(), "forward_flops": flops(compiled),
+          **step._asdict(), "adapter_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in saved),
+          "batch_size": batch_size, "remat": remat,
+          **({"bytes_per_image": features.bytes_per_image(spec, method.reads)} if cached else {})}

@@ -1,5 +1,4 @@
 """Evaluation: every example counts once, the last partial batch included."""
-import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -7,11 +6,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from transferlab import backbones, data, devices, metrics
-from transferlab.files import atomic
+from transferlab import backbones, data, devices, metrics, plots
 from transferlab.backbones.spec import Preprocessing
-from transferlab.method import Method, predict
-from transferlab.progress import Progress, say
+from transferlab.method import Context, Method, forward, predict
+from transferlab.progress import Progress
 from transferlab.step import to_inputs
 
 
@@ -62,6 +60,34 @@ def make_predict(method: Method, backbone: backbones.Backbone, preprocessing: Pr
       inputs if isinstance(inputs, dict) else to_inputs(inputs, preprocessing)))
 
 
+def make_predict_members(method: Method, backbone: backbones.Backbone, preprocessing: Preprocessing) -> Callable:
+  """As `make_predict`, of a method that has members: (…) -> {member: logits [B, C] float32}."""
+  return jax.jit(lambda trainable, state, frozen, inputs: method.members(forward(
+      method, backbone, trainable, inputs if isinstance(inputs, dict) else to_inputs(inputs, preprocessing),
+      Context(state=state, frozen=frozen))))
+
+
+def collect_members(logits_of: Callable, loader: data.EvalLoader, mesh=None) -> tuple[dict, np.ndarray]:
+  """Logits of every member for every example that a loader holds, to choose among members.
+
+  Args:
+    logits_of: images [B, S, S, 3] uint8, or cached activations {slot: [B, …]} -> {member: [B, C]}.
+    loader, mesh: as of `evaluate`.
+
+  Returns:
+    {member: [N, C] float32}, by name, and labels [N].
+  """
+  mesh = mesh or devices.make_mesh(1)
+  logits, labels = [], []
+  for batch in loader:
+    rows = batch["weight"] > 0
+    inputs = devices.put_batch(batch, mesh)["activations" if "activations" in batch else "image"]
+    found = jax.device_get(logits_of(inputs))
+    logits.append({member: each[:len(rows)][rows] for member, each in found.items()})
+    labels.append(batch["label"][rows])
+  return {member: np.concatenate([each[member] for each in logits]) for member in logits[0]}, np.concatenate(labels)
+
+
 def evaluate(logits_of: Callable, loader: data.EvalLoader, num_classes: int, *, among: Sequence[int] = (), mesh=None,
              quiet: bool = True) -> Evaluation:
   """Counts the predictions for everything a loader holds.
@@ -100,32 +126,7 @@ def evaluate(logits_of: Callable, loader: data.EvalLoader, num_classes: int, *, 
 
 def write_confusion(evaluation: Evaluation, class_names, folder) -> list[Path]:
   """Writes `confusion.csv` (true classes in rows) and, where matplotlib is installed, `confusion.png`."""
-  folder = Path(folder)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise ValueError(f"cannot write to {folder} ({error.strerror}); give a folder that you may write to") from None
-  table, picture = folder / "confusion.csv", folder / "confusion.png"
-  with atomic(table) as temporary, open(temporary, "w", newline="") as file:
-    writer = csv.writer(file)
-    writer.writerow(["true \\ predicted", *class_names])
-    writer.writerows([name, *map(int, row)] for name, row in zip(class_names, evaluation.confusion))
-  try:
-    from matplotlib.figure import Figure
-  except ImportError:
-    say("no picture: it needs matplotlib, pip install 'transferlab[plot]'")
-    return [table]
   share = evaluation.confusion / np.maximum(evaluation.confusion.sum(axis=1, keepdims=True), 1)
-  side = min(max(4, 0.28 * len(class_names) + 2), 24)
-  figure = Figure(figsize=(side, side), layout="constrained")
-  axes = figure.subplots()
-  image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis")
-  axes.set(xlabel="predicted", ylabel="true", title=f"accuracy {evaluation.accuracy:.1%}")
-  if len(class_names) <= 60:
-    plain = {"fontsize": 8, "parse_math": False}  # "$" is part of a name
-    axes.set_xticks(range(len(class_names)), class_names, rotation=90, **plain)
-    axes.set_yticks(range(len(class_names)), class_names, **plain)
-  figure.colorbar(image, ax=axes, shrink=0.7, label="share of the true class")
-  with atomic(picture) as temporary:
-    figure.savefig(temporary, format="png", dpi=120)
-  return [table, picture]
+  return plots.heat_map(Path(folder) / "confusion", evaluation.confusion, class_names, class_names, colours=share,
+                        title=f"accuracy {evaluation.accuracy:.1%}", xlabel="predicted", ylabel="true",
+                        label="share of the true class", limits=(0, 1))

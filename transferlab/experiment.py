@@ -7,6 +7,8 @@ import ast
 import dataclasses
 import re
 import traceback
+import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import ml_collections
 
 from transferlab import config as config_lib
 from transferlab import data, methods, tree
-from transferlab.backbones.weights import load_weights
+from transferlab.backbones.weights import Weights, load_weights, with_logits
 from transferlab.recipe import Recipe
 from transferlab.train import Fit, fit
 from transferlab.tree import nearest
@@ -33,8 +35,10 @@ class Experiment:
     architecture: what the weights are expected to be, "" to infer it.
     image_size: pixels, 0 for the weights' own; the position table is resampled.
     preprocessing: changes to the weights' own, "interpolation=bilinear,crop=squash", for files that store none.
+    logits: a ResNet's own classifier becomes part of it, so that Head2Toe reads its logits too.
     download: allow a zoo entry to be fetched.
     method: a registered name; its options are under `options`.
+    features: folder of an activation cache to train from, "" to train from images; what is missing is written first.
   """
   data: str = ""
   data_dir: str = ""
@@ -42,12 +46,17 @@ class Experiment:
   architecture: str = ""
   image_size: int = 0
   preprocessing: str = ""
+  logits: bool = False
   download: bool = False
   method: str = "linear"
+  features: str = ""
 
 
 # Starting points: small heads take large steps, whole backbones small ones.
-LEARNING_RATES = {"linear": 1e-2, "full": 3e-5, "bitfit": 3e-3, "lora": 1e-3, "dtl": 3e-3}
+LEARNING_RATES = {"linear": 1e-2, "mlp3": 3e-3, "full": 3e-5, "bitfit": 3e-3, "lora": 1e-3, "dtl": 3e-3, "inca": 3e-3,
+                  "open_inca": 3e-3, "all_features": 1e-2, "head2toe": 1e-2, "head2toe_layers": 1e-2,
+                  "head2toe_given": 1e-2, "head2toe_ft": 1e-4}
+LR_FACTORS = {"head2toe_ft": (("classifier/.*", 100.0),)}  # its rate is the backbone's
 
 
 def defaults(method: str = "linear", **changes) -> ml_collections.ConfigDict:
@@ -61,7 +70,7 @@ def defaults(method: str = "linear", **changes) -> ml_collections.ConfigDict:
   values = {**dataclasses.asdict(Experiment(method=method)), **dataclasses.asdict(Recipe()),
             "options": methods.options_of(method)}
   config = ml_collections.ConfigDict(values, convert_dict=True)
-  config.optim.lr = LEARNING_RATES.get(method, 1e-3)
+  config.optim.lr, config.optim.lr_factors = LEARNING_RATES.get(method, 1e-3), LR_FACTORS.get(method, ())
   for key, value in changes.items():
     if key not in config:
       raise ValueError(f"config has no key {key!r}; nearest: {', '.join(nearest(key, config))}")
@@ -98,6 +107,29 @@ def load(text: str, overrides: dict[str, str] | None = None) -> ml_collections.C
   Raises:
     ValueError: no such file, an error in it with its line, a key the configuration lacks, a value of another type.
   """
+  config = _script(text, lambda script, *given: ml_collections.ConfigDict(script["get_config"](*given)))
+  for key, value in (overrides or {}).items():
+    change(config, key, value)
+  return config
+
+
+def with_arguments(text: str, more: str) -> str:
+  """A config file's name with further arguments; of a name that is given twice the last counts."""
+  given = text.partition(":")[2]
+  return f"{text}{',' if given and more else ':' * (':' not in text and bool(more))}{more}"
+
+
+def load_grid(text: str) -> dict[str, list]:
+  """The grid that a config file offers to sweeps, {"optim.lr": [1e-2, 1e-3]}: what its `get_grid` returns for the same
+  text that its `get_config` receives; empty if it has none. Errors as of `load`."""
+  grid = _script(text, lambda script, *given: script.get("get_grid", lambda *_: {})(*given))
+  if not isinstance(grid, dict) or not all(isinstance(values, (list, tuple)) for values in grid.values()):
+    raise ValueError(f"get_grid of {text.partition(':')[0]} returned {grid!r}; expected a list of values for each key")
+  return {key: list(values) for key, values in grid.items()}
+
+
+def _script(text: str, call: Callable):
+  """Runs a config file, and returns `call` of its names and, if there is a colon, of what follows that."""
   path, colon, arguments_ = text.partition(":")
   if not Path(path).is_file():
     raise ValueError(f"config file {path!r} does not exist; expected a Python file with get_config, e.g. "
@@ -105,20 +137,18 @@ def load(text: str, overrides: dict[str, str] | None = None) -> ml_collections.C
   try:
     script = {"__file__": path, "__name__": "config"}
     exec(compile(Path(path).read_text(), path, "exec"), script)
-    config = ml_collections.ConfigDict(script["get_config"](*([arguments_] if colon else [])))
+    return call(script, *([arguments_] if colon else []))
   except ValueError:
     raise
   except Exception as error:  # a script may fail in any way
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     where = f"{path} line {lines[-1]}" if lines else path
     raise ValueError(f"config file {where}: {type(error).__name__}: {error}; correct the file") from error
-  for key, value in (overrides or {}).items():
-    _set(config, key, value)
-  return config
 
 
-def _set(config: ml_collections.ConfigDict, key: str, text: str) -> None:
-  """Sets one dotted key from text; the value it has gives the type."""
+def change(config: ml_collections.ConfigDict, key: str, value) -> None:
+  """Sets one dotted key to a value or its text; the value it has gives the type, an option's is what its method takes.
+  """
   *groups, last = key.split(".")
   group = config
   for name in groups:
@@ -128,19 +158,26 @@ def _set(config: ml_collections.ConfigDict, key: str, text: str) -> None:
     raise ValueError(f"config has no key {key!r}; nearest: {', '.join(tree.nearest(key, known))}")
   if isinstance(group[last], ml_collections.ConfigDict):
     own = ", ".join(f"{key}.{name}" for name in group[last])
-    raise ValueError(f"config.{key} is {text!r}; expected keys of its own: {own}")
-  group[last] = _parsed(f"config.{key}", text, group[last])
+    raise ValueError(f"config.{key} is {value!r}; expected keys of its own: {own}")
+  method = methods.METHODS.get(config.get("method")) if groups == ["options"] else None
+  kind = typing.get_type_hints(method).get(last) if method else None
+  with group.ignore_type():  # an option may take several
+    group[last] = _parsed(f"config.{key}", value, group[last], kind)
 
 
-def _parsed(name: str, text: str, old):
-  """Text as a value like `old`: strings as they are, else a Python literal, or a plain word where `old` is None."""
-  if isinstance(old, str):
-    return text
-  try:
-    value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
-  except (ValueError, SyntaxError):
-    value = text
-  return value if old is None or value is None else config_lib.typed(name, value, type(config_lib.tuples(old)), old)
+def _parsed(name: str, value, old, kind=None):
+  """A value, or its text, of the type `kind`, by default that of `old`: strings as they are, else a Python literal, or
+  a plain word where `old` is None."""
+  if isinstance(value, str):
+    if kind is str or isinstance(old, str) and kind is None:
+      return value
+    try:
+      value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+    except (ValueError, SyntaxError):
+      pass
+  if kind is None and (old is None or value is None):
+    return value
+  return config_lib.typed(name, value, kind or type(config_lib.tuples(old)), old)
 
 
 def parse(config) -> tuple[Experiment, dict, Recipe]:
@@ -160,11 +197,17 @@ def parse(config) -> tuple[Experiment, dict, Recipe]:
   return experiment, options, config_lib.fill(Recipe, {k: v for k, v in values.items() if k in recipe})
 
 
+def weights_of(experiment: Experiment) -> Weights:
+  """The weights that an experiment asks for, at its resolution and with its preprocessing."""
+  weights = load_weights(experiment.backbone, architecture=experiment.architecture or None,
+                         image_size=experiment.image_size or None, download=experiment.download)
+  weights = weights._replace(preprocessing=weights.preprocessing.changed(experiment.preprocessing))
+  return with_logits(weights) if experiment.logits else weights
+
+
 def run(config: Any, workdir=None, quiet: bool = False) -> Fit:
   """Loads weights and data and trains; see `train.fit`."""
   experiment, options, recipe = parse(config)
   task = data.from_string(experiment.data, experiment.data_dir)
-  weights = load_weights(experiment.backbone, architecture=experiment.architecture or None,
-                         image_size=experiment.image_size or None, download=experiment.download)
-  weights = weights._replace(preprocessing=weights.preprocessing.changed(experiment.preprocessing))
-  return fit(weights, experiment.method, task, recipe, options=options, workdir=workdir, quiet=quiet)
+  return fit(weights_of(experiment), experiment.method, task, recipe, options=options, workdir=workdir,
+             features=experiment.features, quiet=quiet)

@@ -55,7 +55,7 @@ class Outputs(NamedTuple):
   """Of one forward pass."""
   logits: Any    # [B, C] float32
   features: Any  # [B, D], None from a cache
-  carry: Any     # the visitor's last carry
+  carry: Any     # the visitor's last carry, after `Method.finish`
 
 
 class Method(NamedTuple):
@@ -69,6 +69,8 @@ class Method(NamedTuple):
     visit: (trainable, ctx) -> visitor of the forward pass; None for a method that only collects what it `reads`, whose
       carry then is {slot: reduced activation}.
     carry: the visitor's first carry.
+    finish: (trainable, carry, ctx) -> carry, what becomes of the visitor's last carry, or of cached activations, before
+      anything else sees it.
     readout: (trainable, features [B, D], carry, ctx) -> logits [B, C] float32.
     loss: (trainable, outputs, ctx) -> scalar.
     reads: {slot: Read}, in the order of the forward pass, what a run from cached activations needs. A method with a
@@ -83,6 +85,7 @@ class Method(NamedTuple):
     members: (outputs) -> {member: logits [B, C]} of the classifiers that the method trains side by side, None for one.
     choose: (trainable, state, {member: logits [N, C]}, labels [N]) -> (Method, trainable, state), made after training
       from the members' logits on the validation split; None if nothing is left to choose.
+    member_options: (member) -> the options that train this member alone; None where there are no members.
   """
   name: str
   options: dict
@@ -92,6 +95,7 @@ class Method(NamedTuple):
   weights: Callable = lambda trainable, frozen: frozen
   visit: Callable | None = None
   carry: Any = ()
+  finish: Callable = lambda trainable, carry, ctx: carry
   loss: Callable = lambda trainable, outputs, ctx: losses.cross_entropy(outputs.logits, ctx.batch)
   reads: dict = {}
   reference: tuple = ()
@@ -101,6 +105,7 @@ class Method(NamedTuple):
   varies: tuple = ()
   members: Callable | None = None
   choose: Callable | None = None
+  member_options: Callable | None = None
 
 
 def record(*names: str):
@@ -198,6 +203,7 @@ def forward(method: Method, backbone: Backbone | None, trainable, inputs, ctx: C
     visit = chain(drop_path(jax.random.fold_in(ctx.rng, 0), drop_path_rate, backbone.spec.depth), visit)
   features, carry = backbone.apply(method.weights(trainable, ctx.frozen), inputs, visit, carry,
                                    remat_from=method.writes_from if remat else None)
+  carry = method.finish(trainable, carry, ctx)
   return Outputs(method.readout(trainable, features, carry, ctx), features, carry)
 
 
@@ -206,6 +212,7 @@ def _from_cache(method: Method, trainable, activations: dict, ctx: Context) -> O
   if method.visit is not None:
     sites = {read.site: carry[slot] for slot, read in method.reads.items()}
     carry, _ = replay(method.visit(trainable, ctx), method.carry, sites)
+  carry = method.finish(trainable, carry, ctx)
   return Outputs(method.readout(trainable, None, carry, ctx), None, carry)
 
 

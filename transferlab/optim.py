@@ -12,7 +12,7 @@ from transferlab import tree
 from transferlab.config import resolve_steps
 
 OPTIMISERS = ("sgd", "adam", "adamw", "adam_keras")
-NO_DECAY = ((r"(.*/)?(bias|scale|cls|pos|patch_bias)", 0.0),)  # the default: biases, norms and tables of tokens
+NO_DECAY = ((r"(.*/)?(bias|scale|cls|pos|patch_bias|query)", 0.0),)  # by default: biases, norms, learned tokens
 SCHEDULES = ("constant", "cosine", "dtl", "noah", "vpt")
 
 
@@ -118,12 +118,19 @@ def scale_by_keras_adam(b1: float, b2: float, eps: float) -> optax.GradientTrans
   return optax.inject_hyperparams(optax.scale_by_adam, static_args=("b1", "b2", "eps_root"))(b1, b2, hat)
 
 
-def make_optimiser(optim: Optim, rate, trainable) -> optax.GradientTransformation:
-  """The optax transformation of an `Optim`; `rate` is a schedule, `trainable` gives the names that patterns address."""
+def make_optimiser(optim: Optim, rate, trainable, weight_decay=None) -> optax.GradientTransformation:
+  """The optax transformation of an `Optim`.
+
+  Args:
+    rate: a schedule, step -> learning rate.
+    trainable: gives the names that patterns address.
+    weight_decay: replaces the `Optim`'s own; parallel heads have theirs, a traced number.
+  """
+  weight_decay = optim.weight_decay if weight_decay is None else weight_decay
   # A default that finds nothing to spare is no mistake of the user's, unlike a pattern that was asked for.
   spare = [row for row in NO_DECAY if any(re.fullmatch(row[0], name) for name in tree.flatten(trainable))]
   patterns = spare if optim.decay == NO_DECAY else optim.decay
-  decay = jax.tree.map(lambda factor: factor * optim.weight_decay, tree.match(patterns, trainable, 1.0))
+  decay = jax.tree.map(lambda factor: factor * weight_decay, tree.match(patterns, trainable, 1.0))
   factors = tree.match(optim.lr_factors, trainable, 1.0)
   decayed = optax.stateless(lambda updates, params: jax.tree.map(lambda u, p, d: u + d * p, updates, params, decay))
   scaled = optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))

@@ -21,6 +21,7 @@ class Recipe:
     class_weights: "none", or "balanced" so that every class counts the same.
     per_domain: a step takes `batch_size` images of every training domain, as DomainBed does, and `select` goes by the
       mean of the domains' validation accuracies.
+    reshuffle: every epoch has an order of its own; False keeps the first epoch's for all.
     drop_last: leave the last partial batch of each epoch out, as the papers do; else it is padded.
     dtype: of the backbone's computation, "float32", "bfloat16" or "auto" (float32 on CPU, else bfloat16). Heads and
       trainables are float32.
@@ -32,6 +33,9 @@ class Recipe:
     bad_images: "error", or "skip" to go on without images that cannot be read.
     workers: processes that decode images, 0 for none.
     devices: number of devices, 0 for all.
+    views: with cached activations, the number of augmented copies of the training images to keep, on which epochs train
+      in turn; 0 keeps the images as they are.
+    cache_dtype: with cached activations, what they are kept in, "float32" or "bfloat16".
     seed: of initialisation, order, augmentation and dropout.
   """
   duration: str = "20 epochs"
@@ -42,6 +46,7 @@ class Recipe:
   label_smoothing: float = 0.0
   class_weights: str = "none"
   per_domain: bool = False
+  reshuffle: bool = True
   drop_last: bool = True
   dtype: str = "auto"
   remat: bool = False
@@ -53,15 +58,17 @@ class Recipe:
   bad_images: str = "error"
   workers: int = 0
   devices: int = 0
+  views: int = 0
+  cache_dtype: str = "float32"
   seed: int = 0
 
   def __post_init__(self):
     choices = {"class_weights": ("none", "balanced"), "select": ("best", "last"), "bad_images": ("error", "skip"),
-               "dtype": ("auto", "float32", "bfloat16")}
+               "dtype": ("auto", "float32", "bfloat16"), "cache_dtype": ("float32", "bfloat16")}
     for name, valid in choices.items():
       if getattr(self, name) not in valid:
         raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(valid)}")
-    for name, least in {"batch_size": 1, "micro_batch": -1, "workers": 0, "devices": 0, "seed": 0}.items():
+    for name, least in {"batch_size": 1, "micro_batch": -1, "workers": 0, "devices": 0, "views": 0, "seed": 0}.items():
       if getattr(self, name) < least:
         raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
     for name in ("drop_path", "label_smoothing"):
@@ -76,3 +83,12 @@ def augmentation(recipe: Recipe) -> data.Augmentation:
   """The recipe's preset, with its label smoothing unless the recipe sets one."""
   chosen = preset(recipe.augmentation)
   return dataclasses.replace(chosen, label_smoothing=recipe.label_smoothing or chosen.label_smoothing)
+
+
+def train_loader(recipe: Recipe, task: data.Task, preprocessing, activations=None) -> data.TrainLoader:
+  """The batches that a recipe asks for, of a task's split "train", preprocessed as the weights want it; of cached
+  activations where they are given, see `data.train_loader`."""
+  return data.train_loader(
+      task.splits["train"], preprocessing, batch_size=recipe.batch_size, seed=recipe.seed,
+      augmentation=augmentation(recipe), drop_last=recipe.drop_last, num_classes=len(task.class_names),
+      workers=recipe.workers, per_domain=recipe.per_domain, reshuffle=recipe.reshuffle, activations=activations)

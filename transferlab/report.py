@@ -72,7 +72,8 @@ def read(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[dict]:
       row = json.loads(file.read_text())
     except (OSError, ValueError) as error:
       raise ValueError(f"{file} cannot be read ({error}); expected the row of a finished run") from None
-    if not isinstance(row, dict) or not {"method", "task", "source", "recipe", "test"} <= set(row):
+    known = isinstance(row, dict) and {"method", "options", "task", "source", "recipe", "test"} <= set(row)
+    if not known or not isinstance(row["options"], dict) or not isinstance(row["recipe"], dict):
       raise ValueError(f"{file} is no row of a run; expected what `transferlab train` writes")
     rows.append({**row, "path": str(file.parent)})
   return rows
@@ -112,7 +113,7 @@ def report(rows: Sequence[dict], suite: str = "", split: str = "test", score: st
     scores[method] = {task: _score(group, split, score) for task, group in groups.items()}
     averages[method] = {}
     if average:
-      _check_alike(f"the tasks of {method}", [group[0] for group in groups.values()], OF_A_SUITE, allow)
+      check_alike(f"the tasks of {method}", [group[0] for group in groups.values()], OF_A_SUITE, allow)
       averages[method] = _averages(suite, names, {task: found.mean for task, found in scores[method].items()})
     remarks += _remarks(method, names, scores[method])
   if average:
@@ -145,7 +146,7 @@ def _check_task(what: str, rows: list[dict], allow: Sequence[str]) -> None:
   """Rows of one method on one task."""
   rows = [{**row, "recipe": {k: v for k, v in row["recipe"].items() if k != "seed"}, "seed": row["recipe"].get("seed")}
           for row in rows]
-  _check_alike(what, rows, [name for name in OF_A_TASK if name not in OF_A_DRAW], allow)
+  check_alike(what, rows, [name for name in OF_A_TASK if name not in OF_A_DRAW], allow)
   _check_images(what, rows, allow)
   seen = {}
   for row in rows:
@@ -158,7 +159,7 @@ def _check_task(what: str, rows: list[dict], allow: Sequence[str]) -> None:
 def _check_methods(rows: list[dict], tasks: list[str], allow: Sequence[str]) -> None:
   """Methods are compared on the same inputs; their recipes are their own."""
   fields = [name for name in OF_A_SUITE if name != "method" and not name.startswith("recipe")]
-  _check_alike("the methods", list({row["method"]: row for row in reversed(rows)}.values())[::-1], fields, allow)
+  check_alike("the methods", list({row["method"]: row for row in reversed(rows)}.values())[::-1], fields, allow)
   for task in tasks:
     _check_images(f"the methods on {task}", [row for row in rows if row["task"] == task], allow)
 
@@ -166,10 +167,11 @@ def _check_methods(rows: list[dict], tasks: list[str], allow: Sequence[str]) -> 
 def _check_images(what: str, rows: list[dict], allow: Sequence[str]) -> None:
   """A draw's rows have the same images, whoever trained on them; other draws have others by design."""
   for draw in dict.fromkeys(row.get("draw", "") for row in rows):
-    _check_alike(what, [row for row in rows if row.get("draw", "") == draw], OF_A_DRAW, allow)
+    check_alike(what, [row for row in rows if row.get("draw", "") == draw], OF_A_DRAW, allow)
 
 
-def _check_alike(what: str, rows: list[dict], fields: Iterable[str], allow: Sequence[str]) -> None:
+def check_alike(what: str, rows: list[dict], fields: Iterable[str], allow: Sequence[str]) -> None:
+  """Raises `Unlike` where rows differ in one of the dotted fields; `allow` holds starts of what may differ."""
   for row in rows[1:]:
     for name in fields:
       if _text(row, name) == _text(rows[0], name):
@@ -181,18 +183,19 @@ def _check_alike(what: str, rows: list[dict], fields: Iterable[str], allow: Sequ
                      f"averaged; report them apart, or say --allow={name}")
 
 
-def _value(row: dict, name: str):
+def value(row: dict, name: str):
+  """A dotted field of a row, "options.rank"; None if it has none."""
   for part in name.split("."):
     row = row.get(part) if isinstance(row, dict) else None
   return row
 
 
 def _text(row: dict, name: str) -> str:
-  return json.dumps(_value(row, name), sort_keys=True)
+  return json.dumps(value(row, name), sort_keys=True)
 
 
 def _as_dict(name: str, row: dict) -> dict:
-  return {name: _value(row, name)}
+  return {name: value(row, name)}
 
 
 def _form(source: str) -> str:

@@ -11,8 +11,8 @@ import numpy as np
 from transferlab import backbones, data, methods
 from transferlab.backbones import zoo
 from transferlab.backbones.spec import Preprocessing
-from transferlab.backbones.weights import Weights, export_timm, load_weights
-from transferlab.checkpoint import check_backbone, load_adapter
+from transferlab.backbones.weights import Weights, export_timm, load_weights, with_logits
+from transferlab.checkpoint import Adapter, check_backbone, load_adapter
 from transferlab.evaluate import Evaluation, evaluate as count, make_predict
 from transferlab.files import atomic, write_json
 from transferlab.method import Method
@@ -32,14 +32,27 @@ class Classifier(NamedTuple):
 
   def __call__(self, images: Iterable, batch_size: int = 32) -> np.ndarray:
     """Images of any size, uint8 [H, W, 3] or paths, to probabilities float32 [N, C]; computes in float32."""
-    images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     found = [np.zeros((0, len(self.class_names)), np.float32)]
-    for i in range(0, len(images), batch_size):
-      batch = np.stack([data.preprocess(_pixels(image), self.preprocessing)
-                        for image in images[i:i + batch_size]])                                     # [b, S, S, 3]
-      padded = np.concatenate([batch, np.zeros((batch_size - len(batch), *batch.shape[1:]), batch.dtype)])
-      found.append(np.asarray(jax.nn.softmax(self.logits(padded), axis=-1))[:len(batch)])
+    for batch, rows in in_batches(images, self.preprocessing, batch_size):
+      found.append(np.asarray(jax.nn.softmax(self.logits(batch), axis=-1))[:rows])
     return np.concatenate(found)
+
+  @property
+  def tasks(self) -> dict:
+    """{task: class names}; a single task needs no name. What predicts files and tables asks for this and `by_task`."""
+    return {"": self.class_names}
+
+  def by_task(self, images: Iterable, batch_size: int = 32) -> dict[str, np.ndarray]:
+    """{task: probabilities [N, C]}."""
+    return {"": self(images, batch_size)}
+
+
+def in_batches(images: Iterable, preprocessing: Preprocessing, batch_size: int):
+  """(images as the backbone wants them [batch_size, S, S, 3], how many of them count); the last batch is filled up."""
+  images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+  for i in range(0, len(images), batch_size):
+    batch = np.stack([data.preprocess(_pixels(image), preprocessing) for image in images[i:i + batch_size]])
+    yield np.concatenate([batch, np.zeros((batch_size - len(batch), *batch.shape[1:]), batch.dtype)]), len(batch)
 
 
 def _pixels(image) -> np.ndarray:
@@ -69,14 +82,22 @@ def load(adapter=None, weights=None, *, class_names=None, preprocessing: str = "
   if class_names is not None or preprocessing:
     raise ValueError("an adapter has its own class names and preprocessing; leave classes and preprocessing out")
   found = load_adapter(adapter)
-  if weights is None:
-    if found.backbone["name"] not in zoo.ZOO:
-      raise ValueError(f"{adapter} was trained on {found.backbone['name']!r} ({found.backbone['source']}), which is "
-                       "not in the zoo; give those weights with --backbone")
-    weights = found.backbone["name"]
-  weights = _weights(weights, found.backbone["spec"]["image_size"])
-  check_backbone(found, weights)
+  weights = weights_of(adapter, found, weights)
   return _make(found.class_names, found.preprocessing, found.method, found.trainable, found.state, weights)
+
+
+def weights_of(path, adapter: Adapter, weights=None) -> Weights:
+  """The weights that an adapter was trained on: those given, others are refused, or the zoo entry that it names."""
+  if weights is None:
+    if adapter.backbone["name"] not in zoo.ZOO:
+      raise ValueError(f"{path} was trained on {adapter.backbone['name']!r} ({adapter.backbone['source']}), which is "
+                       "not in the zoo; give those weights with --backbone")
+    weights = adapter.backbone["name"]
+  weights = _weights(weights, adapter.backbone["spec"]["image_size"])
+  if adapter.backbone["spec"].get("classes") and weights.spec.family == "resnet" and weights.head:
+    weights = with_logits(weights)
+  check_backbone(adapter, weights)
+  return weights
 
 
 def _weights(weights, image_size=None) -> Weights:
@@ -135,14 +156,16 @@ def evaluate(classifier: Classifier, task: data.Task, split: str = "test", *, ba
   return total
 
 
-def predict_files(classifier: Classifier, files, *, top: int = 1, batch_size: int = 32, bad_images: str = "error",
+def predict_files(classifier, files, *, top: int = 1, batch_size: int = 32, bad_images: str = "error",
                   quiet: bool = False):
-  """[(file, class, probability)], the `top` most probable classes of each file.
+  """[(file, class, probability)], the `top` most probable classes of each file; of a `SharedClassifier` [(file, task,
+  class, probability)], for each of its tasks.
 
   An image that cannot be read is an error that names it; with bad_images="skip" it is named and left out.
   """
-  if not 1 <= top <= len(classifier.class_names):
-    raise ValueError(f"top is {top}; expected 1 to the number of classes, {len(classifier.class_names)}")
+  for task, names in classifier.tasks.items():
+    if not 1 <= top <= len(names):
+      raise ValueError(f"top is {top}; expected 1 to the number of classes{f' of {task}' * bool(task)}, {len(names)}")
   if batch_size < 1 or bad_images not in ("error", "skip"):
     raise ValueError(f"batch_size is {batch_size} and bad_images {bad_images!r}; expected 1 or more, and 'error' or "
                      "'skip'")
@@ -157,19 +180,21 @@ def predict_files(classifier: Classifier, files, *, top: int = 1, batch_size: in
           if bad_images == "error":
             raise data.BadImage(f"{error}; replace or remove it, or leave it out with --bad_images=skip") from None
           say(f"skipped: {error}")
-      for name, probabilities in zip(readable, classifier(readable.values(), batch_size)):
-        best = np.argsort(-probabilities, kind="stable")[:top]
-        rows += [(name, classifier.class_names[c], float(probabilities[c])) for c in best]
+      found = classifier.by_task(readable.values(), batch_size)
+      for k, name in enumerate(readable):
+        for task, names in classifier.tasks.items():
+          best = np.argsort(-found[task][k], kind="stable")[:top]
+          rows += [(name, *filter(None, [task]), names[c], float(found[task][k, c])) for c in best]
       progress.update(len(files[i:i + batch_size]))
   return rows
 
 
-def predict_table(classifier: Classifier, table: data.Table, out, *, image_column: str | None = None, root=None,
+def predict_table(classifier, table: data.Table, out, *, image_column: str | None = None, root=None,
                   top: int = 1, batch_size: int = 32, bad_images: str = "error", quiet: bool = False) -> None:
   """Writes a table with its rows and columns as they are and two more: predicted, probability.
 
-  With `top` > 1 predicted_2, probability_2 … follow. Images that cannot be read, or rows without one, get empty cells
-  with bad_images="skip".
+  With `top` > 1 predicted_2, probability_2 … follow; for a `SharedClassifier` each task has its own, "predicted
+  (flowers)". Images that cannot be read, or rows without one, get empty cells with bad_images="skip".
 
   Args:
     table: from `data.read_table`; it needs no labels.
@@ -180,7 +205,8 @@ def predict_table(classifier: Classifier, table: data.Table, out, *, image_colum
   """
   if os.path.exists(out) and os.path.samefile(out, table.path):
     raise ValueError(f"{out} is the table that is read; give another file, the table stays as it is")
-  names = [name + (f"_{i + 1}" if i else "") for i in range(top) for name in ("predicted", "probability")]
+  names = [name + (f"_{i + 1}" if i else "") + (f" ({task})" if task else "")
+           for task in classifier.tasks for i in range(top) for name in ("predicted", "probability")]
   if taken := sorted(set(names) & {name.strip() for name in table.header}):
     raise ValueError(f"{table.path} has a column {taken[0]!r} already; rename or remove it")
   files = table.images(image_column, root)
@@ -190,8 +216,8 @@ def predict_table(classifier: Classifier, table: data.Table, out, *, image_colum
                            "prediction with --bad_images=skip")
   with atomic(out) as temporary:
     cells = {file: [] for file in files}
-    for file, label, probability in predict_files(classifier, [file for file in cells if file], top=top,
-                                                  batch_size=batch_size, bad_images=bad_images, quiet=quiet):
+    for file, *_, label, probability in predict_files(classifier, [file for file in cells if file], top=top,
+                                                      batch_size=batch_size, bad_images=bad_images, quiet=quiet):
       cells[file] += [label, f"{probability:.6f}"]
     table.write(temporary, names, [cells[file] or [""] * len(names) for file in files])
 

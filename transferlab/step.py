@@ -47,7 +47,7 @@ def inputs_of(batch: dict, preprocessing: Preprocessing):
 
 def make_step(method: Method, backbone: Backbone, optimiser: optax.GradientTransformation, preprocessing: Preprocessing,
               num_classes: int, *, seed: int = 0, drop_path: float = 0.0, remat: bool = False,
-              micro_batches: int = 1, class_weights=None):
+              micro_batches: int = 1, class_weights=None, vary: dict | None = None):
   """The step (run, frozen, batch) -> (run, {"loss", "grad_norm"}), to be jitted with `compile_step`.
 
   Args:
@@ -56,12 +56,14 @@ def make_step(method: Method, backbone: Backbone, optimiser: optax.GradientTrans
     remat: recompute adapted blocks in the backward pass.
     micro_batches: the batch is cut into so many parts whose gradients add up to the whole batch's.
     class_weights: [C] or None; examples count by the weight of their class, mixed ones by the weights of theirs.
+    vary: {option: number}, what this head does not share with those beside it, see `Method.varies`.
 
   The batch holds image [B, S, S, 3] on 0 … 255, or cached activations {slot: [B, …]}, for which no backbone is needed;
   label [B], weight [B], and soft_label [B, C] if labels are mixed.
   """
   def loss(trainable, state, frozen, batch, rng):
-    context = Context({**batch, "target": losses.targets(batch, num_classes)}, state, frozen, {}, rng, True)
+    context = Context({**batch, "target": losses.targets(batch, num_classes)}, state, frozen, {}, rng, True,
+                      vary or {})
     outputs = forward(method, backbone, trainable, inputs_of(batch, preprocessing), context,
                       drop_path_rate=drop_path, remat=remat)
     return method.loss(trainable, outputs, context)
@@ -96,11 +98,11 @@ def make_step(method: Method, backbone: Backbone, optimiser: optax.GradientTrans
   return step
 
 
-def compile_step(step, run, frozen, batch, *, remat: bool = False):
-  """Compiles a step ahead of time, for arrays or for shapes; the run is donated, the backbone never."""
+def compile_step(step, run, *others, remat: bool = False):
+  """Compiles a step of (run, *others) ahead of time, for arrays or for shapes; the run alone is donated."""
   # XLA's default CPU scheduler ignores memory, and rematerialisation then saves none (ViT-B/16, batch 32, DTL: 3811 MiB
   # of temporaries with and without remat, against 1242 with this scheduler).
   options = {}
   if remat and jax.default_backend() == "cpu":
     options["xla_cpu_scheduler_type"] = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
-  return jax.jit(step, donate_argnums=0).lower(run, frozen, batch).compile(compiler_options=options or None)
+  return jax.jit(step, donate_argnums=0).lower(run, *others).compile(compiler_options=options or None)

@@ -5,6 +5,7 @@
 The same command goes on after an interruption: finished runs are not repeated, a run that was cut is resumed. Tasks
 that are absent are reported and left out; a run that fails is reported and the next one starts.
 """
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -40,10 +41,20 @@ def run(suite: str, config: str, workdir, overrides: Mapping[str, str] | None = 
   Raises:
     ValueError: before the first run: an unknown suite, a configuration that cannot be read, no task present.
   """
+  tell: Callable[[str], None] = (lambda message: None) if quiet else say
+  configs, present, absent = opened(suite, config, overrides, seeds, tell)
+  folders = {(name, seed): folder_of(workdir, name) / f"seed_{seed}" for name in present for seed in seeds}
+  one = lambda run: {**experiment.run(configs[run], folders[run], quiet).result, "path": str(folders[run])}
+  rows, failed = each({f"{run[0]}, seed {run[1]}": functools.partial(one, run) for run in folders}, tell)
+  return Outcome(rows, absent, failed)
+
+
+def opened(suite: str, config: str, overrides: Mapping[str, str] | None, seeds: Sequence[int], tell: Callable
+           ) -> tuple[dict, list[str], list[str]]:
+  """({(task, seed): configuration}, names of the tasks that are present, a line for each that is not); see `run`."""
   if suite not in data.SUITES:
     raise ValueError(f"suite {suite!r} is unknown; nearest: {nearest(suite, data.SUITES)[0]}; all: "
                      f"{', '.join(data.SUITES)}")
-  tell: Callable[[str], None] = (lambda message: None) if quiet else say
   configs = {(name, seed): _load(config, overrides, name, seed) for name in data.SUITES[suite] for seed in seeds}
   present, absent = _sources(data.SUITES[suite], configs, seeds[0])
   for line in absent:
@@ -54,17 +65,25 @@ def run(suite: str, config: str, workdir, overrides: Mapping[str, str] | None = 
     tell(f"the tasks differ in where their pixels come from ({', '.join(f'{n}: {s}' for n, s in present.items())}); "
          "they will not be averaged; choose one with the argument source= of the configuration")
   tell(f"{suite}: {len(present)} of {len(data.SUITES[suite])} tasks, seeds {', '.join(map(str, seeds))}")
-  rows, failed = [], []
-  runs = [(name, seed) for name in present for seed in seeds]
-  for number, (name, seed) in enumerate(runs, 1):
-    folder = Path(workdir) / name.replace("/", "_") / f"seed_{seed}"
-    tell(f"{number}/{len(runs)} {name}, seed {seed}: {folder}")
+  return configs, list(present), absent
+
+
+def folder_of(workdir, name: str) -> Path:
+  """A task's folder."""
+  return Path(workdir) / name.replace("/", "_")
+
+
+def each(calls: Mapping[str, Callable], tell: Callable) -> tuple[list, list[str]]:
+  """What the calls return, and a line for each that failed, which does not stop the next."""
+  done, failed = [], []
+  for number, (what, call) in enumerate(calls.items(), 1):
+    tell(f"{number}/{len(calls)} {what}")
     try:
-      rows.append({**experiment.run(configs[name, seed], folder, quiet).result, "path": str(folder)})
+      done.append(call())
     except (ValueError, RuntimeError, OSError) as error:  # what a user can mend; the next task may be fine
-      failed.append(f"{name}, seed {seed}: {' '.join(str(error).split())}")
+      failed.append(f"{what}: {' '.join(str(error).split())}")
       tell(f"failed: {failed[-1]}")
-  return Outcome(rows, absent, failed)
+  return done, failed
 
 
 def _load(config: str, overrides: Mapping[str, str] | None, name: str, seed: int):
@@ -73,8 +92,7 @@ def _load(config: str, overrides: Mapping[str, str] | None, name: str, seed: int
   for argument in ("task", "seed"):
     if f",{argument}=" in f",{given}":
       raise ValueError(f"{config} names a {argument}; expected none, --suite and --seeds set it")
-  found = experiment.load(f"{config}{',' if given else ':' * (':' not in config)}task={name},seed={seed}",
-                          dict(overrides or {}))
+  found = experiment.load(experiment.with_arguments(config, f"task={name},seed={seed}"), dict(overrides or {}))
   read, _, recipe = experiment.parse(found)
   if read.data.partition("?")[0] != name:
     raise ValueError(f"{config} with task={name} reads data {found.data!r}; expected {name}; use the suite's own "

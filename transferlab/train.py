@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from transferlab import backbones, config, cost, data, devices, methods
+from transferlab import backbones, config, cost, data, devices, ensembles, methods
+from transferlab import features as features_lib
 from transferlab.backbones.weights import Weights
 from transferlab.checkpoint import Checkpoints, load_adapter, save_adapter, versions
-from transferlab.evaluate import evaluate, make_predict
+from transferlab.evaluate import collect_members, evaluate, make_predict, make_predict_members
 from transferlab.method import Method, sizes, stages
 from transferlab.optim import make_optimiser, schedule
 from transferlab.progress import Progress, say
-from transferlab.recipe import Recipe, augmentation
+from transferlab.recipe import Recipe, train_loader
 from transferlab.step import compile_step, make_step, start
 from transferlab.workdir import Workdir
 
@@ -43,7 +44,7 @@ class NotFinite(RuntimeError):
 
 
 def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe = Recipe(), *,
-        options: dict | None = None, workdir=None, quiet: bool = False) -> Fit:
+        options: dict | None = None, workdir=None, features="", quiet: bool = False) -> Fit:
   """Adapts frozen weights to a task.
 
   Args:
@@ -52,6 +53,8 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
     task: trains on its split "train", chooses on "val" if there is one, and reports "test" once, at the end.
     workdir: where to leave the run; an interrupted run there with the same configuration is resumed, bit for bit, and a
       finished one is returned as it is. None keeps everything in memory.
+    features: folder of an activation cache to train from, see `transferlab.features`; what is missing there is written
+      first. Stages that write into the backbone train from images all the same.
     quiet: no messages.
 
   Raises:
@@ -60,66 +63,101 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   """
   began = time.monotonic()
   tell = (lambda message: None) if quiet else say
-  for name, value, kind, maker in (("weights", weights, Weights, "load_weights(...)"),
-                                   ("task", task, data.Task, "image_folder(...)")):
-    if not isinstance(value, kind):
-      raise ValueError(f"{name} is {value!r}; expected what {maker} returns")
+  check_arguments(weights, task, tell)
   first = methods.build(method, weights.spec, **(options or {})) if isinstance(method, str) else method
-  for message in task.check() or ():
-    tell(message)
-  if "train" not in task.splits:
-    raise ValueError(f"task {task.name!r} has splits {', '.join(task.splits)}; training needs 'train'")
-  whole = task
+  if features:
+    features_lib.check(first, weights.spec, recipe)
+    task = features_lib.verified(features, weights, first.reads, task, recipe)
+  elif recipe.views or recipe.cache_dtype != "float32":
+    raise ValueError(f"views is {recipe.views} and cache_dtype {recipe.cache_dtype!r}, which belong to a cache; "
+                     "give its folder as features, or leave them at 0 and 'float32'")
   # A run that may be finished is recognised before its images are decoded, unless some of them may be left out.
-  decoded = recipe.bad_images == "skip" or workdir is None or not (Path(workdir) / "result.json").exists()
-  if decoded:
-    task = readable(task, recipe.bad_images, tell, quiet)
-  asked = request(weights, method if isinstance(method, str) else first.name, first.options, task, recipe, whole)
+  early = recipe.bad_images == "skip" or workdir is None or not (Path(workdir) / "result.json").exists()
+  whole, task = task, readable(task, recipe.bad_images, tell, quiet) if early else task
+  asked = request(weights, method if isinstance(method, str) else first.name, first.options, task, recipe, whole,
+                  bool(features))
   folder = None if workdir is None else Workdir(workdir, asked)
   if folder and isinstance(method, str) and (finished := finished_run(folder)):
     tell(f"finished run: {folder.path}")
     return finished
-  if not decoded:
-    task = readable(task, recipe.bad_images, tell, quiet)
+  task = task if early else readable(task, recipe.bad_images, tell, quiet)
   tell(f"{asked['method']} on {weights.name}: {weights.preprocessing.describe()}")
   tell(f"{task.name}: " + ", ".join(f"{name} {len(split)}" for name, split in task.splits.items())
        + f", {len(task.class_names)} classes")
+  if features:
+    features_lib.write(features_lib.of_recipe(features, recipe), weights, first.reads, task.splits,
+                       device_count=recipe.devices, quiet=quiet)
+  last = train_stages(first, weights, task, recipe, folder, quiet, features)
+  return conclude(asked, weights, task, last, folder, began)
 
+
+def check_arguments(weights: Weights, task: data.Task, tell) -> None:
+  """Raises `ValueError` for what is no weights or no task that can be trained on; tells what is odd about the task."""
+  for name, value, kind, maker in (("weights", weights, Weights, "load_weights(...)"),
+                                   ("task", task, data.Task, "image_folder(...)")):
+    if not isinstance(value, kind):
+      raise ValueError(f"{name} is {value!r}; expected what {maker} returns")
+  for message in task.check() or ():
+    tell(message)
+  if "train" not in task.splits:
+    raise ValueError(f"task {task.name!r} has splits {', '.join(task.splits)}; training needs 'train'")
+
+
+def train_stages(first: Method, weights: Weights, task: data.Task, recipe: Recipe, folder: Workdir | None,
+                 quiet: bool, features="") -> "Stage":
+  """Trains the stages of a method one after the other, without the test split; returns the last one, with its choice
+  among its members."""
   selection = dataclasses.replace(task, splits={k: v for k, v in task.splits.items() if k in ("train", "val")})
   last = None
   def train(method: Method):
     nonlocal last
-    last = Stage(method, weights, selection, recipe, folder, 0 if last is None else last.index + 1, quiet).train()
+    index, last = 0 if last is None else last.index + 1, None  # moments and batches of the stage before make room
+    last = Stage(method, weights, selection, recipe, folder, index, quiet, features).train()
     return last.trainable, last.state
-  final, trainable, state = stages(first, train)[-1]
+  stages(first, train)
+  last.settle()
+  return last
 
-  test = None
+
+def conclude(asked: dict, weights: Weights, task: data.Task, last: "Stage", folder: Workdir | None,
+             began: float) -> Fit:
+  """Opens the test split, once, and writes the adapter and the ledger row."""
+  test, adapter = None, None
   if "test" in task.splits:
     known = folder and folder.result()  # a finished run keeps its numbers: the test split is opened once
     test = known["test"] if known else last.scores(
-        trainable, state, last.eval_loader(task.splits["test"]), task.test_classes)
-  result, adapter = ledger_row(asked, weights, task, final, last, test), None
+        last.trainable, last.state, last.eval_loader(task.splits["test"]), task.test_classes)
+  result = ledger_row(asked, weights, task, last, test)
   result["seconds"] = round(time.monotonic() - began, 2)
   if folder:
     adapter = folder.path / "adapter.safetensors"
     notes = {**{key: asked[key] for key in ("task", "split_hash", "recipe")}, "val": last.val, "test": test}
-    save_adapter(adapter, final, trainable, state, weights=weights, class_names=task.class_names, notes=notes)
+    save_adapter(adapter, last.method, last.trainable, last.state, weights=weights, class_names=task.class_names,
+                 notes=notes)
     result = folder.finish(result)
   for name in ("val", "test"):
     if result[name]:
-      tell(f"{name} accuracy {result[name]['accuracy']:.4f}, mean per class {result[name]['mean_per_class']:.4f}")
-  return Fit(final, trainable, state, result, adapter)
+      last.tell(f"{name} accuracy {result[name]['accuracy']:.4f}, mean per class {result[name]['mean_per_class']:.4f}")
+  return Fit(last.method, last.trainable, last.state, result, adapter)
 
 
-def request(weights: Weights, method: str, options: dict, task: data.Task, recipe: Recipe, whole: data.Task) -> dict:
-  """What is asked for, as JSON has it; `whole` is the task with the images that could not be read."""
+def request(weights: Weights, method: str, options: dict, task: data.Task, recipe: Recipe, whole: data.Task,
+            cached: bool = False) -> dict:
+  """What is asked for, as JSON has it; `whole` is the task with the images that could not be read.
+
+  A cache in float32 without views gives the result that images give, so that only others enter the protocol.
+  """
   lost = {name: len(split) - len(task.splits[name]) for name, split in whole.splits.items()}
   without = [f"without {count} unreadable {name} images" for name, count in lost.items() if count]
+  kept = [f"activations in {recipe.cache_dtype}"] if recipe.cache_dtype != "float32" else []
+  kept += [f"{recipe.augmentation} in {recipe.views} views"] if recipe.views else []
   asked = {"backbone": weights.name, "backbone_hash": weights.hash, "image_size": weights.spec.image_size,
            "preprocessing": weights.preprocessing.to_dict(), "method": method, "options": options,
            "task": task.name, "source": task.source, "draw": task.draw,
-           "protocol": ", ".join(filter(None, (task.protocol, *without))), "split_hash": task.split_hash(),
+           "protocol": ", ".join(filter(None, (task.protocol, *without, *kept))), "split_hash": task.split_hash(),
            "pixels": task.splits["train"].fingerprint(), "recipe": dataclasses.asdict(recipe)}
+  if cached:
+    asked["cached"] = {"dtype": recipe.cache_dtype, "views": recipe.views}
   return json.loads(json.dumps(asked))  # tuples become lists, as they will be when read back
 
 
@@ -132,15 +170,19 @@ def finished_run(folder: Workdir) -> Fit | None:
   return Fit(adapter.method, adapter.trainable, adapter.state, result, path)
 
 
-def ledger_row(asked: dict, weights: Weights, task: data.Task, method: Method, last: "Stage", test) -> dict:
-  """Everything a comparison of runs needs: what was asked for, scores, sizes, costs, and hashes of what went in."""
-  count = sizes(method, weights.params, len(task.class_names))
+def ledger_row(asked: dict, weights: Weights, task: data.Task, last: "Stage", test) -> dict:
+  """Everything a comparison of runs needs: what was asked for, scores, sizes, costs, and hashes of what went in.
+
+  Of a method that trains members side by side: `members`, each one's validation scores, and `chosen`, the options that
+  the choice among them changed. Sizes are of what was chosen, costs of training them all.
+  """
+  count = sizes(last.method, weights.params, len(task.class_names))
   over = ", mean over domains" if last.criterion != "accuracy" else ""
   chosen = f"{last.recipe.select} on val{over}" if last.val else "last"
   return {
       **asked, "class_names": list(task.class_names), "val": last.val, "test": test,
       "protocol": "; ".join(filter(None, (asked["protocol"], f"{chosen}, test once"))), "seed": last.recipe.seed,
-      "steps": last.total, "selected_step": last.selected_step,
+      "steps": last.total, "selected_step": last.selected_step, **last.choice,
       "trainable": count.trainable, "trainable_without_classifier": count.trainable_without_classifier,
       "train_peak_bytes": last.cost.train_peak_bytes, "train_flops": last.cost.train_flops,
       "examples": {name: len(split) for name, split in task.splits.items()},
@@ -190,19 +232,20 @@ def readable(task: data.Task, bad_images: str, tell, quiet: bool) -> data.Task:
 class Stage:
   """One method trained for one duration; most runs are a single stage."""
 
-  def __init__(self, method: Method, weights: Weights, task, recipe: Recipe, folder, index: int, quiet: bool):
+  def __init__(self, method: Method, weights: Weights, task, recipe: Recipe, folder, index: int, quiet: bool,
+               features=""):
     self.method, self.task, self.recipe, self.folder, self.index = method, task, recipe, folder, index
     self.quiet, self.tell = quiet, (lambda message: None) if quiet else say
     self.preprocessing, self.num_classes = weights.preprocessing, len(task.class_names)
     self.mesh = devices.make_mesh(recipe.devices or None)
-    accelerated = jax.default_backend() != "cpu"
-    dtype = {"auto": jnp.bfloat16 if accelerated else jnp.float32, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    self.dtype = dtype[recipe.dtype]
+    self.dtype = devices.compute_dtype(recipe.dtype)
     self.backbone = backbones.build(weights.spec, self.dtype)
-    self.loader = data.train_loader(
-        task.splits["train"], weights.preprocessing, batch_size=recipe.batch_size, seed=recipe.seed,
-        augmentation=augmentation(recipe), drop_last=recipe.drop_last, num_classes=self.num_classes,
-        workers=recipe.workers, per_domain=recipe.per_domain)
+    self.weights, self.cache = weights, None
+    if features and features_lib.cacheable(method, weights.spec):
+      self.cache = features_lib.of_recipe(features, recipe)
+    elif features:
+      self.tell(f"stage {index}: {method.name} writes into the backbone and trains from images")
+    self.loader = self.train_loader()
     self.val_loader = self.eval_loader(task.splits["val"]) if "val" in task.splits else None
     self.criterion = criterion(recipe, task)
     per_epoch, B = self.loader.steps_per_epoch, self.loader.rows_per_step
@@ -216,12 +259,14 @@ class Stage:
     self.optimiser = make_optimiser(recipe.optim, self.rate, trainable)
     # The frozen parameters are cast once; a method that trains the backbone itself keeps no second copy of it.
     cast = lambda leaf: jnp.asarray(leaf, self.dtype)
-    self.frozen = devices.replicate(jax.tree.map(cast, weights.params) if method.frozen else {}, self.mesh)
+    self.frozen = devices.replicate(jax.tree.map(cast, weights.params) if method.frozen and not self.cache else {},
+                                    self.mesh)
     # The run is donated in every step: its arrays are copies, whatever init took from the frozen parameters.
     self.run = devices.replicate(start(*jax.tree.map(jnp.array, (trainable, state)), self.optimiser), self.mesh)
     self.predict = make_predict(method, self.backbone, self.preprocessing)
     self.best: dict[str, Any] = {}
-    self.val, self.selected_step = None, self.total
+    self.keeps_best = self.val_loader is not None and recipe.select == "best"  # else the last is chosen anyhow
+    self.val, self.selected_step, self.choice = None, self.total, {}
 
   def compile(self, batch):
     """Compiles the step, choosing the micro-batch, and notes its cost."""
@@ -245,7 +290,20 @@ class Stage:
               f"peak {self.cost.train_peak_bytes / 2**20:.1f} MiB")
     return step
 
+  def train_loader(self) -> data.TrainLoader:
+    activations = self.kept("train", self.task.splits["train"]).take if self.cache else None
+    return train_loader(self.recipe, self.task, self.preprocessing, activations)
+
+  def kept(self, name: str, split: data.Split) -> features_lib.Features:
+    """A split's activations; those that an earlier stage did not read are written now."""
+    features_lib.write(self.cache, self.weights, self.method.reads, {name: split}, device_count=self.recipe.devices,
+                       quiet=self.quiet)
+    return features_lib.Features(self.cache, self.weights, self.method.reads, name, split)
+
   def eval_loader(self, split):
+    if self.cache:
+      return features_lib.eval_loader(self.kept(split.name, split), split, self.weights,
+                                      max(self.recipe.batch_size, 32))
     return data.eval_loader(split, self.preprocessing, batch_size=max(self.recipe.batch_size, 32))
 
   def scores(self, trainable, state, loader, among=()) -> dict:
@@ -304,12 +362,38 @@ class Stage:
     progress.update(0, f"val accuracy {found['accuracy']:.4f}")
     rank = lambda val: (val[self.criterion], -val["loss"])
     if self.recipe.select == "last" or not self.best or rank(found) > rank(self.best["val"]):
-      self.best = {"step": done, "val": found, "trainable": jax.tree.map(jnp.copy, self.run.trainable)}
+      self.best = {"step": done, "val": found}
+      if self.keeps_best:
+        self.best["trainable"] = jax.tree.map(jnp.copy, self.run.trainable)
 
   def choose(self) -> None:
     self.trainable, self.state = self.run.trainable, self.run.state
     if self.best:
-      self.trainable, self.val, self.selected_step = self.best["trainable"], self.best["val"], self.best["step"]
+      self.val, self.selected_step = self.best["val"], self.best["step"]
+      self.trainable = self.best.get("trainable", self.trainable)
+
+  def settle(self) -> None:
+    """Scores the members of a method that has some on the validation split, and chooses among them where it does."""
+    method = self.method
+    if not self.val_loader or not method.members:
+      if method.choose:
+        self.tell(f"{method.name} chooses on a validation split and there is none: nothing is chosen")
+      return
+    run = make_predict_members(method, self.backbone, self.preprocessing)
+    logits, labels = collect_members(lambda inputs: run(self.trainable, self.state, self.frozen, inputs),
+                                     self.val_loader, self.mesh)
+    names = sorted(logits, key=lambda name: list(method.reads).index(name) if name in method.reads else -1)
+    members = {name: dict(zip(("accuracy", "loss"), ensembles.score(logits[name], labels))) for name in names}
+    for name, found in members.items():
+      self.tell(f"{name}: val accuracy {found['accuracy']:.4f}, loss {found['loss']:.4f}")
+    self.choice = {"members": members}
+    if method.choose:
+      self.method, self.trainable, self.state = method.choose(self.trainable, self.state, logits, labels)
+      chosen = {name: value for name, value in self.method.options.items() if method.options[name] != value}
+      self.choice["chosen"] = chosen
+      self.tell("chosen: " + ", ".join(f"{name}={value}" for name, value in chosen.items()))
+      self.predict = make_predict(self.method, self.backbone, self.preprocessing)
+      self.val = self.scores(self.trainable, self.state, self.val_loader)
 
   def check_finite(self, checkpoints) -> None:
     bad = int(self.run.nan_step)
@@ -321,11 +405,16 @@ class Stage:
 
   def save(self, checkpoints: Checkpoints, done: int) -> None:
     notes = {"loader": self.loader.get_state(), "best": {k: v for k, v in self.best.items() if k != "trainable"}}
-    checkpoints.save(done, {"run": self.run, "best": self.best.get("trainable", self.run.trainable)}, notes)
+    checkpoints.save(done, self.kept_arrays(), notes)
+
+  def kept_arrays(self) -> dict:
+    """What a checkpoint holds."""
+    best = {"best": self.best.get("trainable", self.run.trainable)} if self.keeps_best else {}
+    return {"run": self.run, **best}
 
   def restore(self, checkpoints: Checkpoints) -> int:
     """Takes up the newest checkpoint, if there is one; returns the number of finished steps."""
-    found = checkpoints.restore({"run": self.run, "best": self.run.trainable})
+    found = checkpoints.restore(self.kept_arrays())
     self.folder.truncate(self.index, found[0] if found else 0)
     stage = f"stage {self.index}: " if self.index else ""
     if not found:
@@ -334,7 +423,7 @@ class Stage:
     step, arrays, notes = found
     self.run = arrays["run"]
     if notes["best"]:
-      self.best = {**notes["best"], "trainable": arrays["best"]}
+      self.best = notes["best"] | ({"trainable": arrays["best"]} if self.keeps_best else {})
     self.loader.set_state(notes["loader"])
     self.tell(f"{stage}resumed at step {step} of {self.total}")
     return step

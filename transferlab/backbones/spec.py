@@ -7,7 +7,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+PILLOW_FILTERS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+INTERPOLATIONS = (*PILLOW_FILTERS, "bilinear_tf1")
 CROPS = ("squash", "center")
 GELUS = ("erf", "tanh", "quick")
 POOLS = ("cls", "mean", "mean_before_norm")
@@ -19,6 +20,8 @@ class Preprocessing:
 
   `crop="squash"` resizes both sides to `image_size / crop_fraction`, ignoring the aspect ratio, `crop="center"` the
   shorter side; then the centre is cut. `mean` and `std` are on the [0, 1] scale, one per RGB channel.
+  `interpolation` is one of Pillow's filters, or "bilinear_tf1", TensorFlow 1's bilinear resize without antialiasing or
+  half-pixel centres, which the code of several papers has.
   """
   image_size: int
   interpolation: str = "bicubic"
@@ -38,6 +41,11 @@ class Preprocessing:
       raise ValueError(f"crop_fraction is {self.crop_fraction}; expected a number in (0, 1]")
     if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
       raise ValueError(f"mean {self.mean} and std {self.std} must be three numbers each, std above 0")
+
+  @property
+  def pixels(self) -> str:
+    """Type of the resized pixels, on 0 … 255: Pillow rounds to "uint8", TensorFlow leaves "float32"."""
+    return "uint8" if self.interpolation in PILLOW_FILTERS else "float32"
 
   def describe(self) -> str:
     """One line for logs: '224 px, bicubic, squash, mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5)'."""

@@ -1,4 +1,5 @@
 """Flags of the verbs: each verb has its own, defined where it reads them."""
+import re
 from collections.abc import Callable
 
 from absl import flags
@@ -36,6 +37,27 @@ def required(values: flags.FlagValues, *names: str) -> None:
   for name in names:
     if not values[name].value:
       raise ValueError(f"--{name} is missing: {values[name].help}")
+
+
+def config_changes(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+  """({key: text} of the --config.KEY=value among the arguments, the other arguments)."""
+  changes, rest = {}, []
+  for argument in argv:
+    if found := re.fullmatch(r"--?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL):
+      if found[2] is None:
+        raise ValueError(f"{argument} has no value; expected {argument}=value")
+      changes[found[1]] = found[2]
+    else:
+      rest.append(argument)
+  return changes, rest
+
+
+def seeds(text: str) -> list[int]:
+  """The numbers of "0,1,2"."""
+  found = words(text)
+  if not found or not all(seed.isdecimal() for seed in found) or len(set(found)) != len(found):
+    raise ValueError(f"--seeds is {text!r}; expected different whole numbers, such as 0,1,2")
+  return [int(seed) for seed in found]
 
 
 def words(text: str) -> list[str]:

@@ -1,10 +1,7 @@
-"""`transferlab train` and `report`."""
-import json
-import re
-
+"""`transferlab train`."""
 from absl import flags
 
-from transferlab.commands.flags import define, parse, required, words
+from transferlab.commands.flags import config_changes, define, parse, required, seeds
 
 
 def train(argv: list[str]) -> None:
@@ -16,14 +13,7 @@ def train(argv: list[str]) -> None:
                   config=("", "config file, its arguments after a colon; --config.KEY=value changes any key"),
                   bad_images=("", "error, or skip images that cannot be read; same as --config.bad_images"),
                   micro_batch=("", "images computed at once, or auto for as many as fit; same as --config.micro_batch"))
-  overrides, rest = {}, []
-  for argument in argv:
-    if found := re.fullmatch(r"--?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL):
-      if found[2] is None:
-        raise ValueError(f"{argument} has no value; expected {argument}=value")
-      overrides[found[1]] = found[2]
-    else:
-      rest.append(argument)
+  overrides, rest = config_changes(argv)
   parse(values, rest, train)
   required(values, "config", "workdir")
   overrides |= {name: values[name].value for name in ("bad_images", "micro_batch", "data_dir") if values[name].value}
@@ -38,41 +28,23 @@ def train(argv: list[str]) -> None:
 
 
 def _train_suite(values: flags.FlagValues, overrides: dict[str, str]) -> None:
-  from transferlab import report as report_lib
   from transferlab import suite
-  seeds = words(values.seeds)
-  if not seeds or not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) != len(seeds):
-    raise ValueError(f"--seeds is {values.seeds!r}; expected different whole numbers, such as 0,1,2")
-  outcome = suite.run(values.suite, values.config, values.workdir, overrides, [int(seed) for seed in seeds])
-  if outcome.rows:
-    split = "test" if all(row["test"] for row in outcome.rows) else "val"
+  outcome = suite.run(values.suite, values.config, values.workdir, overrides, seeds(values.seeds))
+  conclude(values.suite, outcome.rows, outcome.absent, outcome.failed)
+
+
+def conclude(suite: str, rows: list[dict], absent: list[str], failed: list[str], allow: tuple = ()) -> None:
+  """Prints the averages of a suite's runs where they are alike, and what is missing; raises if any failed."""
+  from transferlab import report as report_lib
+  if rows:
+    split = "test" if all(row["test"] for row in rows) else "val"
     try:
-      found = report_lib.report(outcome.rows, values.suite, split)
+      found = report_lib.report(rows, suite, split, allow=allow)
     except report_lib.Unlike as error:
-      found = report_lib.report(outcome.rows, values.suite, split, average=False)
+      found = report_lib.report(rows, suite, split, allow=allow, average=False)
       found = found._replace(remarks=[*found.remarks, f"not averaged: {error}"])
     report_lib.show(found, f"{split} accuracy")
-  for line in outcome.absent:
+  for line in absent:
     print(f"left out: {line}")
-  if outcome.failed:
-    raise ValueError(f"{len(outcome.failed)} runs failed, first {outcome.failed[0]}; the same command tries them again")
-
-
-def report(argv: list[str]) -> None:
-  """Averages finished runs, over seeds and over tasks, and refuses to average unlike ones."""
-  values = define(suite=("", "suite to average over; by default the smallest that has the tasks"),
-                  split=("test", "test or val"), score=("accuracy", "accuracy, mean_per_class or loss"),
-                  allow=("", "fields that may differ all the same, e.g. recipe.optim,dtype"),
-                  average=(True, "over tasks, too; --noaverage shows unlike ones beside each other"),
-                  json=(False, "print one JSON object"))
-  folders = parse(values, argv, report, files=True)
-  if not folders:
-    raise ValueError("no runs given; name their folders, or one above them")
-  from transferlab import report as report_lib
-  found = report_lib.report(report_lib.read(folders), values.suite, values.split, values.score, words(values.allow),
-                            values.average)
-  if values.json:
-    scores = {method: {task: score._asdict() for task, score in each.items()} for method, each in found.scores.items()}
-    print(json.dumps({**found._asdict(), "scores": scores}))
-    return
-  report_lib.show(found, f"{values.split} {values.score}")
+  if failed:
+    raise ValueError(f"{len(failed)} runs failed, first {failed[0]}; the same command tries them again")

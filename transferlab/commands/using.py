@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from transferlab.commands.flags import BACKBONE, define, parse, required
+from transferlab.commands.flags import BACKBONE, define, parse, required, words
 
 
 def evaluate(argv: list[str]) -> None:
@@ -63,8 +63,9 @@ def _class_names(path: str):
 
 
 def predict(argv: list[str]) -> None:
-  """Writes file, class and probability of images as CSV, or adds them to the rows of a table."""
-  values = define(adapter=("", "adapter.safetensors of a run"), backbone=BACKBONE,
+  """Writes file, class and probability of images as CSV, or adds them to the rows of a table; of several tasks on one
+  pass of their backbone."""
+  values = define(adapter=("", "adapter.safetensors of a run, or several with commas between them"), backbone=BACKBONE,
                   out=("", "CSV file; standard output if empty"), top=(1, "classes per image"),
                   table=("", "CSV file with a column of images, to copy to --out with the predictions in new columns"),
                   image_column=("", "that column's name, unless it is a usual one such as image or file"),
@@ -83,18 +84,31 @@ def predict(argv: list[str]) -> None:
   from transferlab import data, serve
   from transferlab.files import atomic
   split = data.image_files(paths)
-  classifier = serve.load(values.adapter, values.backbone)
+  classifier = _classifier(values)
   rows = serve.predict_files(classifier, split.keys, top=values.top, batch_size=values.batch_size,
                              bad_images=values.bad_images)
   def write(file):
     writer = csv.writer(file)
-    writer.writerow(["file", "class", "probability"])
-    writer.writerows((name, label, f"{probability:.6f}") for name, label, probability in rows)
+    writer.writerow(["file", *["task"] * (len(classifier.tasks) > 1), "class", "probability"])
+    writer.writerows((*names, f"{probability:.6f}") for *names, probability in rows)
   if values.out:
     with atomic(values.out) as temporary, open(temporary, "w", newline="") as file:
       write(file)
   else:
     write(sys.stdout)
+
+
+def _classifier(values: flags.FlagValues):
+  """Of one adapter, or of several."""
+  from transferlab import serve
+  paths = [values.adapter] if Path(values.adapter).is_file() else words(values.adapter)
+  if len(paths) < 2:
+    return serve.load(values.adapter, values.backbone)
+  from transferlab import shared
+  from transferlab.progress import say
+  found = shared.load_many(paths, values.backbone)
+  say(f"{', '.join(found.tasks)}: {len(paths)} tasks on one pass of {found.weights.name}, up to {found.deepest}")
+  return found
 
 
 def _predict_table(values: flags.FlagValues, paths: list[str]) -> None:
@@ -104,6 +118,6 @@ def _predict_table(values: flags.FlagValues, paths: list[str]) -> None:
     raise ValueError("--out is missing: the file for the table with its predictions")
   from transferlab import data, serve
   table = data.read_table(values.table)
-  serve.predict_table(serve.load(values.adapter, values.backbone), table, values.out,
+  serve.predict_table(_classifier(values), table, values.out,
                       image_column=values.image_column or None, root=values.root or None, top=values.top,
                       batch_size=values.batch_size, bad_images=values.bad_images)

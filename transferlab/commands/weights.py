@@ -1,46 +1,94 @@
 """`transferlab info`, `convert` and `merge`: backbones and what methods cost on them."""
 import json
 
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 from transferlab.commands.flags import BACKBONE, define, parse, required
 
 
+def _info_flags() -> flags.FlagValues:
+  return define(backbone=("vit_b16", "architecture, zoo name or weights file"),
+                method=("", "method; all of them if empty"),
+                options=("", "the method's options, e.g. rank=4,form=fused"), num_classes=(100, "C"),
+                batch_size=(32, "images per step"), image_size=(0, "pixels, 0 for the backbone's own"),
+                dtype=("float32", "float32 or bfloat16, in which the backbone computes"),
+                remat=(False, "recompute adapted blocks"),
+                cached=(False, "costs of training from cached activations, see `transferlab features`"),
+                against=("", "a method to compare --method with, e.g. full"),
+                heads=(0, "with --against: parallel heads, the points of a grid that trains in one program"),
+                logits=(False, "a ResNet with its own classifier as a site, which Head2Toe reads"),
+                sites=(False, "list the backbone's sites with shapes"),
+                json=(False, "print one JSON object"))
+
+
 def info(argv: list[str]) -> None:
   """Shows what methods cost on a backbone, or its sites, from shapes alone."""
-  values = define(backbone=("vit_b16", "architecture, zoo name or weights file"),
-                  method=("", "method; all of them if empty"),
-                  options=("", "the method's options, e.g. rank=4,form=fused"), num_classes=(100, "C"),
-                  batch_size=(32, "images per step"), image_size=(0, "pixels, 0 for the backbone's own"),
-                  remat=(False, "recompute adapted blocks"), sites=(False, "list the backbone's sites with shapes"),
-                  json=(False, "print one JSON object"))
+  values = _info_flags()
   parse(values, argv, info)
   from transferlab import inform
-  spec, preprocessing = inform.find(values.backbone, values.image_size or None)
+  spec, preprocessing = inform.find(values.backbone, values.image_size or None, values.logits)
   if values.sites:
-    sites = {name: list(shape) for name, shape in inform.site_shapes(spec).items()}
-    if values.json:
-      print(json.dumps(sites))
-      return
-    table = Table("site", "shape [B, …]")
-    for name, shape in sites.items():
-      table.add_row(name, str(shape))
-    Console().print(table)
+    _sites(inform.site_shapes(spec), values.json)
     return
-  rows = inform.costs(spec, values.method or None, inform.options(values.options), values.num_classes,
-                      batch_size=values.batch_size, remat=values.remat)
+  how = {"batch_size": values.batch_size, "remat": values.remat, "dtype": _dtype(values.dtype)}
+  chosen = values.method or None, inform.options(values.options), values.num_classes
+  if values.against:
+    required(values, "method")
+    if values.cached:
+      raise ValueError("--against compares training from images; leave --cached out")
+    rows = inform.compared(spec, *chosen, values.against, count=values.heads, **how)
+    show = _show_compared
+  else:
+    if values.heads:
+      raise ValueError("--heads is for --against; give a method to compare with, e.g. --against=full")
+    rows, show = inform.costs(spec, *chosen, cached=values.cached, **how), _show_costs
   if values.json:
-    print(json.dumps(rows[0] if values.method else rows))
+    print(json.dumps(rows[0] if values.method and not values.against else rows))
     return
   print(f"{spec}\n{preprocessing.describe() if preprocessing else 'preprocessing comes with the weights'}")
-  table = Table("method", "trainable", "without classifier", "forward GFLOP", "train GFLOP", "peak MiB", "adapter kB")
+  show(rows, values)
+  print(f"{rows[0]['frozen']:,} frozen parameters; a step of {values.batch_size} images, {values.num_classes} classes, "
+        f"{values.dtype}")
+
+
+def _dtype(name: str):
+  from transferlab.devices import compute_dtype
+  if name not in ("float32", "bfloat16"):
+    raise ValueError(f"--dtype is {name!r}; expected float32 or bfloat16")
+  return compute_dtype(name)
+
+
+def _sites(shapes: dict, as_json: bool) -> None:
+  if as_json:
+    print(json.dumps({name: list(shape) for name, shape in shapes.items()}))
+    return
+  table = Table("site", "shape [B, …]")
+  for name, shape in shapes.items():
+    table.add_row(name, str(list(shape)))
+  Console().print(table)
+
+
+def _show_costs(rows: list[dict], values: flags.FlagValues) -> None:
+  table = Table("method", "trainable", "without classifier", "forward GFLOP", "train GFLOP", "peak MiB", "adapter kB",
+                *["read kB an image"] * values.cached)
   for row in rows:
     table.add_row(row["method"], f"{row['trainable']:,}", f"{row['trainable_without_classifier']:,}",
                   f"{row['forward_flops'] / 1e9:.1f}", f"{row['train_flops'] / 1e9:.1f}",
-                  f"{row['train_peak_bytes'] / 2**20:.0f}", f"{row['adapter_bytes'] / 1e3:.0f}")
+                  f"{row['train_peak_bytes'] / 2**20:.0f}", f"{row['adapter_bytes'] / 1e3:.0f}",
+                  *[f"{row.get('bytes_per_image', 0) / 1e3:,.0f}"] * values.cached)
   Console().print(table)
-  print(f"{rows[0]['frozen']:,} frozen parameters; a step of {values.batch_size} images, {values.num_classes} classes")
+
+
+def _show_compared(rows: list[dict], values: flags.FlagValues) -> None:
+  table = Table("method", "trainable", "without classifier", "of backbone", "train GFLOP", f"of {values.against}",
+                "peak MiB", f"of {values.against}")
+  for row in rows:
+    table.add_row(row["method"], f"{row['trainable']:,}", f"{row['trainable_without_classifier']:,}",
+                  f"{row['of_backbone']:.2%}", f"{row['train_flops'] / 1e9:.1f}", f"{row['of_flops']:.1%}",
+                  f"{row['train_peak_bytes'] / 2**20:.0f}", f"{row['of_peak']:.1%}")
+  Console().print(table)
 
 
 def convert(argv: list[str]) -> None:

@@ -16,6 +16,7 @@ from transferlab.data.lists import class_lists, list_files
 from transferlab.data.loader import EvalLoader, TrainLoader, eval_loader, train_loader
 from transferlab.data.memory import arrays, digits
 from transferlab.data.source import from_string, image_files
+from transferlab.data.split import folds
 from transferlab.data.suites import ENTRIES, SUITES
 from transferlab.data.tables import Table, csv_file, read_table
 from transferlab.data.tasks import BadImage, DataError, Split, Task, class_weights
@@ -23,5 +24,5 @@ from transferlab.data.tasks import BadImage, DataError, Split, Task, class_weigh
 __all__ = [
     "ENTRIES", "PRESETS", "SUITES", "Augmentation", "BadImage", "DataError", "EvalLoader", "Split", "Table",
     "Task", "TrainLoader", "arrays", "check_images", "class_lists", "class_weights", "csv_file", "decode", "digits",
-    "domain_folder", "eval_loader", "find_images", "from_string", "image_files", "image_folder", "list_files",
+    "domain_folder", "eval_loader", "find_images", "folds", "from_string", "image_files", "image_folder", "list_files",
     "normalise", "preprocess", "read_once", "read_table", "train_loader"]

@@ -58,6 +58,11 @@ class Augmentation:
     return bool(self.mixup or self.cutmix or self.label_smoothing)
 
   @property
+  def eight_bit(self) -> bool:
+    """Pillow's operations take part, which know 8 bits only."""
+    return bool(any(self.color_jitter) or self.grayscale or self.randaugment)
+
+  @property
   def floats(self) -> bool:
     """Batches carry float32 pixels: what mixing and erasing write is not on the uint8 grid."""
     return bool(self.mixup or self.cutmix or self.random_erasing)
@@ -91,7 +96,7 @@ def preset(name: str) -> Augmentation:
 
 def augment(image: np.ndarray, augmentation: Augmentation, preprocessing: Preprocessing, rng: np.random.Generator,
             resized: bool = False) -> np.ndarray:
-  """uint8 [H, W, 3] -> uint8 [S, S, 3], or float32 on the 0..255 scale where `augmentation.floats`.
+  """uint8 [H, W, 3] -> uint8 [S, S, 3], or float32 on the 0..255 scale where `augmentation.floats` or the resize is.
 
   `resized` says that `image` went through `preprocess` already.
   """

@@ -1,4 +1,5 @@
 """From rows of a split to batches: what the loaders have grain do. All of it pickles, for the worker processes."""
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +8,7 @@ from transferlab.backbones.spec import Preprocessing
 from transferlab.data.augment import Augmentation, augment
 from transferlab.data.cache import Examples
 from transferlab.data.mix import mix, smooth_one_hot
+from transferlab.data.tasks import Split
 
 Batch = dict[str, np.ndarray]
 
@@ -44,12 +46,37 @@ class Collate:
   batch_size: int
 
   def __call__(self, examples: list[dict]) -> Batch:
-    batch = {name: np.stack([e[name] for e in examples]) for name in examples[0]}
-    missing = self.batch_size - len(examples)
-    if missing:
-      batch = {name: np.concatenate([v, np.full((missing, *v.shape[1:]), -1 if name == "index" else 0, v.dtype)])
-               for name, v in batch.items()}
+    return _filled({name: np.stack([e[name] for e in examples]) for name in examples[0]}, self.batch_size)
+
+
+@dataclass(frozen=True)
+class CollateRows:
+  """What `Collate` makes of rows of a split, without the images."""
+  split: Split
+  batch_size: int
+
+  def __call__(self, rows: list[int]) -> Batch:
+    rows, split = np.array(rows, np.int32), self.split
+    batch = {"label": split.labels[rows], "weight": np.ones(len(rows), np.float32), "index": rows}
+    return _filled(batch if split.domains is None else {**batch, "domain": split.domains[rows]}, self.batch_size)
+
+
+@dataclass(frozen=True)
+class Attach:
+  """Adds the activations of a batch's rows; filling takes those of row 0."""
+  activations: Callable[[np.ndarray, int], dict]
+  per_epoch: int
+
+  def __call__(self, step: int, batch: Batch) -> Batch:
+    return {**batch, "activations": self.activations(np.maximum(batch["index"], 0), step // self.per_epoch)}
+
+
+def _filled(batch: Batch, batch_size: int) -> Batch:
+  missing = batch_size - len(batch["weight"])
+  if not missing:
     return batch
+  return {name: np.concatenate([v, np.full((missing, *v.shape[1:]), -1 if name == "index" else 0, v.dtype)])
+          for name, v in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -60,8 +87,11 @@ class Mix:
 
   def __call__(self, batch: Batch, rng: np.random.Generator) -> Batch:
     a, real = self.augmentation, int(batch["weight"].sum())
-    image, soft = batch["image"], np.zeros((len(batch["label"]), self.num_classes), np.float32)  # [B, S, S, 3], [B, C]
+    soft = np.zeros((len(batch["label"]), self.num_classes), np.float32)  # [B, C]
     soft[:real] = smooth_one_hot(batch["label"][:real], self.num_classes, a.label_smoothing)
+    if not (a.mixup or a.cutmix):
+      return {**batch, "soft_label": soft}
+    image = batch["image"]                                                # [B, S, S, 3]
     image[:real], soft[:real] = mix(image[:real], soft[:real], rng, a.mixup, a.cutmix)
     return {**batch, "image": image, "soft_label": soft}
 

@@ -22,7 +22,7 @@ class Examples:
   Attributes:
     split: the split without its unreadable images.
     rows: int32 [N], where each of them stood in the split that was given.
-    images: uint8 [N, S, S, 3] preprocessed, or N originals uint8 [H, W, 3], or None: read from the files as needed.
+    images: [N, S, S, 3] preprocessed, or N originals uint8 [H, W, 3], or None: read from the files as needed.
     problems: one line per image left out.
   """
   split: Split
@@ -85,12 +85,13 @@ def load(split: Split, preprocessing: Preprocessing | None, *, cache: bool | str
                      "or 'auto'")
   if not len(split):
     raise DataError(f"split {split.name!r} has no image; expected at least one")
-  size = len(split) * 3 * preprocessing.image_size**2 if preprocessing else 0
+  size = len(split) * 3 * preprocessing.image_size**2 * np.dtype(preprocessing.pixels).itemsize if preprocessing else 0
   keep = cache is True or cache == "auto" and size <= budget
   if not keep and split.verified:
     return Examples(split, np.arange(len(split), dtype=np.int32), None, ())
   # Preprocessed images go into one array at once; a list stacked at the end would need the memory twice.
-  kept = np.empty((len(split), *[preprocessing.image_size] * 2, 3), np.uint8) if keep and preprocessing else []
+  whole = preprocessing and (len(split), *[preprocessing.image_size] * 2, 3)
+  kept = np.empty(whole, preprocessing.pixels) if keep and preprocessing else []
   rows, problems, used = [], [], 0
   for row, image in enumerate(_decode_all(split, preprocessing if keep else None, progress)):
     if isinstance(image, BadImage):

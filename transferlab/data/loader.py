@@ -1,32 +1,35 @@
 """Batches for training and evaluation, on grain: order, shuffling, randomness, workers and exact resume.
 
 Every batch is a dict of numpy arrays with B = batch_size rows (as many of every domain, with per_domain):
-  image        uint8 [B, S, S, 3], or float32 on the same 0..255 scale (erasing, mixup, cutmix); not normalised
+  image        uint8 [B, S, S, 3], or float32 on the same 0..255 scale (erasing, mixup, cutmix, or a resize that gives
+               fractions); not normalised
   label        int32 [B]
   weight       float32 [B], 1, or 0 for rows that only fill up the last batch
   index        int32 [B], row in the split that was given, -1 for filling
   domain       int32 [B], where the split has domains
   soft_label   float32 [B, C], with mixup, cutmix or label smoothing; 0 for filling
+  activations  {slot: [B, …]} in place of `image`, where they are cached: in the order that the images would have
 The randomness of an example depends on the seed, the epoch and its place in it, and on nothing that ran before: that is
 why resuming, and any number of workers, give the same pixels.
 """
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from transferlab.backbones.spec import Preprocessing
+from transferlab.backbones.spec import PILLOW_FILTERS, Preprocessing
 from transferlab.data import cache as cache_lib
 from transferlab.data.augment import Augmentation, preset
-from transferlab.data.batch import Augment, Batch, Collate, Mix, Rows, concatenate
+from transferlab.data.batch import Attach, Augment, Batch, Collate, CollateRows, Mix, Rows, concatenate
 from transferlab.data.tasks import DataError, Split
 
 
 def train_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int, seed: int,
                  augmentation: Augmentation | str = "none", drop_last: bool = True, num_classes: int | None = None,
-                 workers: int = 0, per_domain: bool = False, cache: bool | str = "auto", bad_images: str = "error",
-                 progress: cache_lib.Progress | None = None) -> "TrainLoader":
-  """Batches without end, each epoch in a new order.
+                 workers: int = 0, per_domain: bool = False, reshuffle: bool = True, cache: bool | str = "auto",
+                 bad_images: str = "error", progress: cache_lib.Progress | None = None,
+                 activations: Callable | None = None) -> "TrainLoader":
+  """Batches without end, each epoch in a new order unless `reshuffle` is False.
 
   Args:
     augmentation: an `Augmentation` or the name of a preset.
@@ -38,10 +41,14 @@ def train_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int,
       stream of its own, all its images once and then all again in a new order: a small domain comes round more often,
       and `drop_last` has no meaning. (DomainBed draws with replacement instead.) An epoch is as many batches as show
       as many images as the split has.
+    reshuffle: False keeps the order of the first epoch for all, and with `drop_last` what it leaves out; augmentation
+      stays random.
     cache: keep the decoded images in memory: True, False, or "auto", if they fit in 1 GiB. Preprocessed ones, or the
       originals where a random crop needs them.
     bad_images: "error" stops at unreadable images; "skip" leaves them out and lists them in `problems`.
     progress: called with (done, total) during the pass that decodes all images before the first batch.
+    activations: (rows [B], epoch) -> {slot: [B, …]} for batches of cached activations; no image is read then, and of
+      the augmentation only label smoothing acts.
 
   Raises:
     DataError: a batch larger than the split (with drop_last) or than a domain (with per_domain), a split without
@@ -51,11 +58,16 @@ def train_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int,
   augmentation = preset(augmentation) if isinstance(augmentation, str) else augmentation
   if augmentation.soft_labels and num_classes is None:
     raise ValueError("mixup, cutmix and label smoothing make soft labels; give num_classes")
+  interpolation = augmentation.random_resized_crop and augmentation.crop_interpolation or preprocessing.interpolation
+  if augmentation.eight_bit and interpolation not in PILLOW_FILTERS:
+    raise ValueError(f"interpolation {interpolation!r} leaves fractions; colour jitter, grey and RandAugment need 8 "
+                     "bits: use another augmentation, or a filter of Pillow's such as bilinear")
   if num_classes is not None and len(split) and not 0 <= split.labels.min() <= split.labels.max() < num_classes:
     raise DataError(f"labels of split {split.name!r} run from {split.labels.min()} to {split.labels.max()}; "
                     f"expected 0..{num_classes - 1}")
-  examples = cache_lib.load(split, None if augmentation.random_resized_crop else preprocessing, cache=cache,
-                            bad_images=bad_images, progress=progress)
+  examples = _without_images(split) if activations else cache_lib.load(
+      split, None if augmentation.random_resized_crop else preprocessing, cache=cache, bad_images=bad_images,
+      progress=progress)
   lost = sorted(set(split.labels.tolist()) - set(examples.split.labels.tolist()))
   if lost:
     raise DataError(f"after leaving out {len(examples.problems)} unreadable images, class {lost[0]} of split "
@@ -68,17 +80,21 @@ def train_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int,
   if not 0 <= seed < 2**32:
     raise ValueError(f"seed is {seed}; expected a whole number from 0 to {2**32 - 1}")
   return TrainLoader(examples, preprocessing, augmentation, batch_size, seed, drop_last, num_classes, workers,
-                     per_domain)
+                     per_domain, reshuffle, activations)
 
 
 def eval_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int, workers: int = 0,
-                cache: bool | str = "auto", bad_images: str = "error",
-                progress: cache_lib.Progress | None = None) -> "EvalLoader":
+                cache: bool | str = "auto", bad_images: str = "error", progress: cache_lib.Progress | None = None,
+                augmentation: Augmentation | str = "none", seed: int = 0,
+                activations: Callable | None = None) -> "EvalLoader":
   """Every example once, in order, the last batch filled up; each `iter()` starts anew. Arguments as `train_loader`."""
   if batch_size < 1:
     raise DataError(f"batch_size is {batch_size}; expected at least 1")
-  examples = cache_lib.load(split, preprocessing, cache=cache, bad_images=bad_images, progress=progress)
-  return EvalLoader(examples, preprocessing, batch_size, workers)
+  augmentation = preset(augmentation) if isinstance(augmentation, str) else augmentation
+  examples = _without_images(split) if activations else cache_lib.load(
+      split, None if augmentation.random_resized_crop else preprocessing, cache=cache, bad_images=bad_images,
+      progress=progress)
+  return EvalLoader(examples, preprocessing, augmentation, batch_size, seed, workers, activations)
 
 
 class TrainLoader:
@@ -92,22 +108,26 @@ class TrainLoader:
   """
 
   def __init__(self, examples: cache_lib.Examples, preprocessing: Preprocessing, augmentation: Augmentation,
-               batch_size: int, seed: int, drop_last: bool, num_classes: int | None, workers: int, per_domain: bool):
+               batch_size: int, seed: int, drop_last: bool, num_classes: int | None, workers: int, per_domain: bool,
+               reshuffle: bool, activations: Callable | None):
     self.split, self.problems = examples.split, examples.problems
-    pixels = Augment(preprocessing, augmentation, _resized(examples, augmentation))
+    pixels = None if activations else Augment(preprocessing, augmentation, _resized(examples, augmentation))
+    collate = CollateRows(self.split, batch_size) if activations else Collate(batch_size)
     domains = np.unique(self.split.domains) if per_domain else []
     if per_domain:
-      batches = _of_every_domain(examples, domains, pixels, batch_size, seed)
+      batches = _of_every_domain(examples, domains, pixels, collate, seed, reshuffle)
     else:
-      rows = _dataset(examples).seed(seed).shuffle().random_map(pixels)
-      batches = rows.batch(batch_size, drop_remainder=drop_last, batch_fn=Collate(batch_size))
+      rows = _shuffled(examples, None, pixels, seed, reshuffle)
+      batches = rows.batch(batch_size, drop_remainder=drop_last, batch_fn=collate)
     if augmentation.soft_labels:
       batches = batches.random_map(Mix(augmentation, num_classes))
     self.rows_per_step = batch_size * max(1, len(domains))
     self.steps_per_epoch = -(-len(self.split) // self.rows_per_step) if per_domain else len(batches)
-    self._batches, self._workers = batches if per_domain else batches.repeat(), workers
+    batches = batches if per_domain else batches.repeat()
+    self._batches = batches.map_with_index(Attach(activations, self.steps_per_epoch)) if activations else batches
+    self._workers, self._cached = 0 if activations else workers, activations is not None
     self._identity = {"seed": seed, "batch_size": batch_size, "drop_last": drop_last, "per_domain": per_domain,
-                      "split": self.split.hash()}
+                      "reshuffle": reshuffle, "split": self.split.hash()}
     self._step, self._batch_iterator = 0, None
 
   def __iter__(self) -> "TrainLoader":
@@ -117,7 +137,7 @@ class TrainLoader:
     if self._batch_iterator is None:
       # A slice, not the state of grain's iterator, which depends on the number of workers.
       remaining = self._batches[self._step:]
-      self._batch_iterator = _iterate(remaining, self._workers)
+      self._batch_iterator = _iterate(remaining, self._workers, self._cached)
       self._finalizer = weakref.finalize(self, self._batch_iterator.close)
     try:
       batch = next(self._batch_iterator)
@@ -150,37 +170,61 @@ class TrainLoader:
 class EvalLoader:
   """What `eval_loader` returns: a finite iterable with `len()` = number of batches; attributes as `TrainLoader`."""
 
-  def __init__(self, examples: cache_lib.Examples, preprocessing: Preprocessing, batch_size: int, workers: int):
-    self.split, self.problems = examples.split, examples.problems
-    nothing = Augmentation()
-    rows = _dataset(examples).seed(0).random_map(Augment(preprocessing, nothing, _resized(examples, nothing)))
-    self._batches, self._workers = rows.batch(batch_size, batch_fn=Collate(batch_size)), workers
+  def __init__(self, examples: cache_lib.Examples, preprocessing: Preprocessing, augmentation: Augmentation,
+               batch_size: int, seed: int, workers: int, activations: Callable | None):
+    self.split, self.problems, self._cached = examples.split, examples.problems, activations is not None
+    if activations:
+      batches = _dataset(examples, None, None, seed).batch(batch_size, batch_fn=CollateRows(self.split, batch_size))
+      self._batches, self._workers = batches.map_with_index(Attach(activations, len(batches))), 0
+    else:
+      pixels = Augment(preprocessing, augmentation, _resized(examples, augmentation))
+      rows = _dataset(examples, None, pixels, seed).random_map(pixels)
+      self._batches, self._workers = rows.batch(batch_size, batch_fn=Collate(batch_size)), workers
 
   def __len__(self) -> int:
     return len(self._batches)
 
   def __iter__(self) -> Iterator[Batch]:
-    return _iterate(self._batches, self._workers)
+    return self.batches()
+
+  def batches(self, start: int = 0) -> Iterator[Batch]:
+    """From batch `start` on."""
+    return _iterate(self._batches[start:], self._workers, self._cached)
 
 
 def _resized(examples: cache_lib.Examples, augmentation: Augmentation) -> bool:
   return examples.images is not None and not augmentation.random_resized_crop
 
 
-def _dataset(examples: cache_lib.Examples, rows: np.ndarray | None = None):
+def _without_images(split: Split) -> cache_lib.Examples:
+  return cache_lib.Examples(split, np.arange(len(split), dtype=np.int32), None, ())
+
+
+def _dataset(examples: cache_lib.Examples, rows: np.ndarray | None, pixels: Augment | None, seed: int):
+  """Examples in order, or the numbers of their rows where no pixels are wanted."""
   import grain  # imports jax where that is installed, which reading a folder's labels need not wait for
-  return grain.MapDataset.source(Rows(examples, np.arange(len(examples.split)) if rows is None else rows))
+  rows = np.arange(len(examples.split)) if rows is None else rows
+  return grain.MapDataset.source(rows if pixels is None else Rows(examples, rows)).seed(seed)
 
 
-def _of_every_domain(examples: cache_lib.Examples, domains: np.ndarray, pixels: Augment, batch_size: int, seed: int):
-  """Endless batches of `batch_size` rows from each domain; each is shuffled and augmented under a seed of its own."""
+def _shuffled(examples: cache_lib.Examples, rows: np.ndarray | None, pixels: Augment | None, seed: int,
+              reshuffle: bool):
+  """Augmented examples in a new order each epoch, or in the first epoch's always."""
+  shuffled = _dataset(examples, rows, pixels, seed).shuffle()
+  shuffled = shuffled if reshuffle else shuffled.repeat(1, reseed_each_epoch=False)
+  return shuffled if pixels is None else shuffled.random_map(pixels)
+
+
+def _of_every_domain(examples: cache_lib.Examples, domains: np.ndarray, pixels: Augment | None,
+                     collate: Collate | CollateRows, seed: int, reshuffle: bool):
+  """Endless batches with as many rows of each domain; each is shuffled and augmented under a seed of its own."""
   import grain
   streams = []
   for domain in domains.tolist():
     own_seed = int(np.random.SeedSequence([seed, domain]).generate_state(1)[0])
-    rows = _dataset(examples, np.flatnonzero(examples.split.domains == domain))
-    rows = rows.seed(own_seed).shuffle().random_map(pixels).repeat()
-    streams.append(rows.batch(batch_size, batch_fn=Collate(batch_size)))
+    rows = np.flatnonzero(examples.split.domains == domain)
+    rows = _shuffled(examples, rows, pixels, own_seed, reshuffle).repeat()
+    streams.append(rows.batch(collate.batch_size, batch_fn=collate))
   # Batches of the domains in turn, as many as there are domains at a time.
   return grain.MapDataset.mix(streams).seed(seed).batch(len(streams), batch_fn=concatenate)
 
@@ -196,10 +240,11 @@ def _check_domains(split: Split, batch_size: int) -> None:
                     f"domain (of {such!r}) has {counts.min()} images; expected 1..{counts.min()}; lower batch_size")
 
 
-def _iterate(batches, workers: int) -> Iterator[Batch]:
-  """The batches of a grain MapDataset, a few of them made ahead."""
+def _iterate(batches, workers: int, cached: bool) -> Iterator[Batch]:
+  """The batches of a grain MapDataset, a few of them made ahead; of activations, which need no work and may take a
+  gigabyte, two."""
   import grain
-  threads = max(1, cache_lib.THREADS // max(workers, 1))
+  threads = 1 if cached else max(1, cache_lib.THREADS // max(workers, 1))
   batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
   if workers:
     from absl import flags

@@ -51,15 +51,47 @@ def stratified(groups: np.ndarray, rows: np.ndarray, fractions: dict[str, float]
                         "add images, give the splits yourself, or set a fraction to 0")
       chosen["train"].append(members)
       continue
-    # Sorting uniform draws, rather than `permutation`, whose stream numpy may change. A generator per group: another
-    # class's new images do not move this class's.
-    draws = np.random.Generator(np.random.PCG64([seed, group])).random(len(members))
-    members = members[np.argsort(draws, kind="stable")]
+    members = _shuffled(members, seed, group)
     start = 0
     for name, count in _counts(len(members), parts).items():
       chosen[name].append(members[start:start + count])
       start += count
   return {name: np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64) for name, found in chosen.items()}
+
+
+def _shuffled(members: np.ndarray, seed: int, group: int) -> np.ndarray:
+  """A group's rows in random order. A generator per group: another class's new images do not move this class's."""
+  # Sorting uniform draws, rather than `permutation`, whose stream numpy may change.
+  draws = np.random.Generator(np.random.PCG64([seed, group])).random(len(members))
+  return members[np.argsort(draws, kind="stable")]
+
+
+def folds(labels: np.ndarray, count: int, class_names: Sequence[str], *, seed: int = 0, contiguous: bool = False
+          ) -> np.ndarray:
+  """The fold, 0 … count - 1, of each training row int [N], for cross-validation.
+
+  Args:
+    labels: int [N].
+    contiguous: consecutive rows make a fold, as in Head2Toe's protocol; otherwise every class is dealt out evenly, in
+      an order that the seed draws.
+
+  Raises:
+    DataError: fewer than two folds, or more than there are rows or rows of a class.
+  """
+  if not 2 <= count <= len(labels):
+    raise DataError(f"folds is {count}; expected 2 to {len(labels)}, the number of training images, or 0 to choose on "
+                    "the validation split")
+  if contiguous:
+    return np.arange(len(labels)) * count // len(labels)
+  found, dealt = np.zeros(len(labels), np.int64), 0
+  for group in np.unique(labels).tolist():
+    members = _shuffled(np.flatnonzero(labels == group), seed, group)
+    if len(members) < count:
+      raise DataError(f"class {class_names[group]!r} has {len(members)} training image{'s'[:len(members) != 1]}, fewer "
+                      f"than {count} folds; lower folds, or use contiguous ones, which may lack a class")
+    found[members] = (dealt + np.arange(len(members))) % count  # going on where the last class ended keeps folds equal
+    dealt += len(members)
+  return found
 
 
 def _counts(total: int, parts: dict[str, float]) -> dict[str, int]:

@@ -8,14 +8,26 @@ from transferlab.methods.bitfit import bitfit
 from transferlab.methods.dtl import dtl
 from transferlab.methods.full import full
 from transferlab.methods.head2toe import all_features, head2toe
+from transferlab.methods.head2toe_ft import head2toe_ft
+from transferlab.methods.head2toe_given import head2toe_given
+from transferlab.methods.head2toe_layers import head2toe_layers
 from transferlab.methods.inca import inca, open_inca
 from transferlab.methods.linear import linear
 from transferlab.methods.lora import lora
+from transferlab.methods.mlp3 import mlp3
+from transferlab.methods.scratch import scratch
 from transferlab.tree import nearest
 
-METHODS = {"linear": linear, "full": full, "bitfit": bitfit, "lora": lora, "dtl": dtl, "inca": inca,
-           "open_inca": open_inca, "all_features": all_features, "head2toe": head2toe}
-TRANSFORMERS_ONLY = ("lora", "dtl")  # they work inside attention, or on its residual stream of one width
+METHODS = {"linear": linear, "mlp3": mlp3, "full": full, "bitfit": bitfit, "lora": lora, "dtl": dtl, "inca": inca,
+           "open_inca": open_inca, "all_features": all_features, "head2toe": head2toe, "head2toe_ft": head2toe_ft,
+           "head2toe_layers": head2toe_layers, "head2toe_given": head2toe_given,
+           "scratch": scratch}
+
+# What a backbone must have, in words and as a test of its spec. lora and dtl work inside attention, or on its residual
+# stream of one width; batch statistics never train, so a network from random weights would have none.
+_BLOCKS = ("transformer blocks", lambda spec: bool(spec.heads))
+NEEDS = {"lora": _BLOCKS, "dtl": _BLOCKS,
+         "scratch": ("norms without batch statistics", lambda spec: not spec.statistics)}
 
 
 def options_of(name: str) -> dict:
@@ -26,7 +38,7 @@ def options_of(name: str) -> dict:
 
 def fits(name: str, spec) -> bool:
   """Whether a method works on a backbone of this kind."""
-  return name not in TRANSFORMERS_ONLY or bool(spec.heads)
+  return name not in NEEDS or NEEDS[name][1](spec)
 
 
 def build(name: str, spec, **options) -> Method:
@@ -35,7 +47,7 @@ def build(name: str, spec, **options) -> Method:
     raise ValueError(f"method {name!r} is unknown; nearest: {', '.join(nearest(name, METHODS))}; "
                      f"all: {', '.join(sorted(METHODS))}")
   if not fits(name, spec):
-    raise ValueError(f"{name} needs transformer blocks; {spec.name} has none. Methods for it: "
+    raise ValueError(f"{name} needs {NEEDS[name][0]}; {spec.name} has none. Methods for it: "
                      f"{', '.join(method for method in METHODS if fits(method, spec))}")
   known = options_of(name)
   for option in options:

@@ -58,8 +58,11 @@ def dtl(spec, *, rank: int = 2, first_write: int | None = None, beta: float = 10
       return h, y
     return visitor
 
-  reads = {f"block_{i:02d}/in": Read(f"block_{i:02d}/in") for i in range(M)}
+  reads = {}
+  if M < spec.depth:  # written behind the last block, no block is left to enter from a cache
+    reads = {f"block_{i:02d}/in": Read(f"block_{i:02d}/in") for i in range(M)}
+    reads["trunk"] = Read(f"block_{M - 1:02d}/out")
   return Method(
       name="dtl", options={"rank": rank, "first_write": M, "beta": beta, "readout": readout},
       init=init, visit=visit, carry=None, readout=classifier.readout, writes_from=M,
-      reads={**reads, "trunk": Read(f"block_{M - 1:02d}/out")})
+      reads=reads)

@@ -3,48 +3,16 @@ google-research/head2toe @ 6277f63, called "the code" here). `all_features` is i
 
 Activations of many sites are pooled to about `target_size` numbers, normalised per layer and laid side by side. A head
 on all of them trains with a group lasso; the features whose weights are largest stay, and a new head trains on those.
-
-Which activations of a ViT the paper taps is known by name and number only. Our reading of the names, per block:
-pre_attn is the first norm's output, attn the attention branch, mlp_1 the MLP's hidden layer before its GELU, mlp_2 the
-MLP's output. cls_embedded is the class token after the final norm, which on most ViTs pre_logits is too: it stays,
-since with it the numbers of features are the code's (ViT-B/16: 68352, 374784, 1254912 at T = 512, 8192, 24576).
+`head2toe_reader` says which activations those are, and what of that is our reading.
 """
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from transferlab import losses
-from transferlab.backbones import abstract_params, sites as shapes_of
-from transferlab.method import Method, Read
+from transferlab import ensembles, losses
+from transferlab.method import Method
 from transferlab.methods import classifier
-from transferlab.methods.head2toe_features import (CLS_MODES, Layout, count_of, pool, score, select, unit,
-                                                   unit_per_layer)
-from transferlab.methods.head2toe_resnet import resnet_taps
-from transferlab.tree import nearest
-
-
-def _taps(spec, sites: str | tuple, shapes: dict) -> dict[str, Read]:
-  """{name: Read} of the activations to read, in the order of their features; "paper" gives the code's names."""
-  if sites != "paper":
-    found = {site: Read(site) for site in ((sites,) if isinstance(sites, str) else sites)}
-  elif spec.family == "resnet":
-    found = {name: Read(site) for name, site in resnet_taps(spec).items()}
-  else:
-    found = {"pre_logits": Read("pooled"), "root_output_with_cls": Read("patch"),
-             "position_embedded_input": Read("embed")}
-    for i in range(spec.depth):
-      for name, place in (("pre_attn", "ln1"), ("attn", "attn"), ("mlp_1", "fc1"), ("mlp_2", "mlp")):
-        found[f"encoder_{i}_{name}"] = Read(f"block_{i:02d}/{place}")
-    found["encoded_sequence"] = Read("norm")
-    if spec.prefix_tokens and shapes["norm"].shape[1] > 1:
-      found["cls_embedded"] = Read("norm", "cls")
-  for read in found.values():
-    if read.site not in shapes:
-      raise ValueError(f"site {read.site!r} is not in {spec.name}; nearest: {', '.join(nearest(read.site, shapes))}")
-  if not found:
-    raise ValueError("sites is empty; expected 'paper' or names of sites")
-  return found
+from transferlab.methods.head2toe_features import CLS_MODES, Layout, count_of, score, select, unit, unit_per_layer
+from transferlab.methods.head2toe_reader import Reader, reader
 
 
 def _check(spec, options: dict) -> None:
@@ -61,52 +29,114 @@ def _check(spec, options: dict) -> None:
     raise ValueError(f"cls is {options['cls']!r} and {spec.name} has no class token; use cls='normal'")
 
 
-def _reader(spec, sites: str | tuple, target_size: int, cls: str):
-  """(layout, reads) of the pooled activations {tap: [B, n]}."""
-  shapes = shapes_of(spec)
+def _counts(fraction: float | tuple, total: int) -> dict[str, int]:
+  """{member: number of features it keeps} of one fraction or of several; a member's name is its fraction."""
+  fractions = fraction if isinstance(fraction, tuple) else (fraction,)
+  found = {}
+  for each in fractions:
+    if isinstance(each, bool) or not isinstance(each, (int, float)):
+      raise ValueError(f"fraction {each!r} is no number; expected one such as 0.01, or several, (0.001, 0.01, 0.1)")
+    name, count = repr(float(each)), count_of(each, total)
+    if not 1 <= count <= total:
+      raise ValueError(f"fraction {each} keeps {count} of {total} features; expected 1 to {total}")
+    if name in found:
+      raise ValueError(f"fraction {name} is there twice; give each once")
+    found[name] = count
+  if not found:
+    raise ValueError("fraction is empty; expected a number such as 0.01, or several, (0.001, 0.01, 0.1)")
+  return found
 
-  def reduce(read, y, frozen):  # [B, T, D'], [B, W, W, D'] or [B, D'] -> [B, n]
-    if read.site == "patch" and spec.prefix_tokens:  # the code taps the patches with the class token in front
-      token = jnp.broadcast_to(frozen["cls"], (y.shape[0], 1, y.shape[2])).astype(y.dtype)
-      y = jnp.concatenate([token, y], axis=1)
-    return pool(y[:, :1], target_size) if read.how == "cls" else pool(y, target_size, cls)
 
-  reads = {tap: Read(read.site, f"{read.how} pooled to {target_size} {cls}", functools.partial(reduce, read))
-           for tap, read in _taps(spec, sites, shapes).items()}
-  size = lambda read: jax.eval_shape(read.reduce, shapes[read.site], abstract_params(spec)).shape[1]
-  return Layout(tuple(reads), tuple(size(read) for read in reads.values())), reads
+def _glorot(rng, features: int, num_classes: int) -> dict:
+  kernel = jax.nn.initializers.glorot_uniform()(rng, (features, num_classes))
+  return {"kernel": kernel, "bias": jnp.zeros(num_classes)}
 
 
-def _head(spec, name: str, options: dict, reader, *, penalty: str, kept=None) -> Method:
-  """A head on all features of a `_reader`, or on the `kept` [K] of them."""
-  layout, reads = reader
-  normalised, paper = options["normalisation"] == "unit", options["compat"] == "paper"
+def _share(options: dict, ctx):
+  """What a batch's loss is multiplied by. The code divides sums over b examples, b times the penalty among them, by the
+  nominal batch size."""
+  return jnp.mean(ctx.batch["weight"] > 0) if options["compat"] == "paper" else 1
 
-  def init(rng, frozen, num_classes):
-    features = layout.total if kept is None else len(kept)
-    kernel = jax.nn.initializers.glorot_uniform()(rng, (features, num_classes))
-    state = {} if kept is None else {"kept": jnp.array(kept)}
-    return {"classifier": {"kernel": kernel, "bias": jnp.zeros(num_classes)}}, state
 
-  def readout(trainable, features, carry, ctx):
-    layers = [carry[tap] for tap in layout.names]
-    if kept is None:
-      x = jnp.concatenate([unit(x) if normalised else x for x in layers], axis=-1)  # [B, N]
-    else:  # norms are of what is kept: gather first
-      indices = ctx.state["kept"]
-      x = jnp.concatenate(layers, axis=-1)[:, indices]                               # [B, K]
-      x = unit_per_layer(x, layout.layer_of(indices), len(layers)) if normalised else x
-    return classifier.apply(trainable["classifier"], x)
+def _on_all(spec, name: str, options: dict, source: Reader, penalty: str) -> Method:
+  """A head on all features, with a penalty on its kernel."""
+  each = unit if options["normalisation"] == "unit" else lambda x: x
 
   def loss(trainable, outputs, ctx):
     coefficient = ctx.vary.get("coefficient", options["coefficient"])
     value = losses.cross_entropy(outputs.logits, ctx.batch)
     value += coefficient * losses.PENALTIES[penalty](trainable["classifier"]["kernel"])
-    # The code divides sums over b examples, b times the penalty among them, by the nominal batch size.
-    return value * jnp.mean(ctx.batch["weight"] > 0) if paper else value
+    return value * _share(options, ctx)
 
-  return Method(name=name, options=options, init=init, readout=readout, loss=loss, reads=reads, writes_from=spec.depth,
-                varies=("coefficient",))
+  return Method(
+      name=name, options=options, reads=source.reads, writes_from=spec.depth, loss=loss, varies=("coefficient",),
+      init=lambda rng, frozen, num_classes: ({"classifier": _glorot(rng, source.layout.total, num_classes)}, {}),
+      readout=lambda trainable, features, carry, ctx: classifier.apply(
+          trainable["classifier"], source.join(carry, each)))
+
+
+def on_selected(spec, name: str, options: dict, source: Reader, kept) -> Method:
+  """The second stage: a new head on the features `kept` [K], best first; of several fractions, a head for each.
+
+  All heads have initial values from the same key and no parameter in common: each is what it would be alone.
+  """
+  several, normalised = isinstance(options.get("fraction"), tuple), options["normalisation"] == "unit"
+  counts = _counts(options["fraction"], source.layout.total) if several else {"": len(kept)}
+
+  def init(rng, frozen, num_classes):
+    heads = {member: _glorot(rng, count, num_classes) for member, count in counts.items()}
+    return {"classifier": heads if several else heads[""]}, {"kept": jnp.array(kept)}
+
+  def finish(trainable, carry, ctx):  # {tap: [B, n]} -> {member: [B, C]}
+    indices = ctx.state["kept"]
+    x, layers = source.join(carry)[:, indices], source.layout.layer_of(indices)          # [B, K], [K]
+    def logits(head, count):  # a fraction is the first of the sorted features, and norms are of those
+      best = x[:, :count]
+      if normalised:
+        best = unit_per_layer(best, layers[:count], len(source.layout.names))
+      return classifier.apply(head, best)
+    heads = trainable["classifier"] if several else {"": trainable["classifier"]}
+    return {member: logits(heads[member], count) for member, count in counts.items()}
+
+  def loss(trainable, outputs, ctx):
+    each = outputs.carry.values() if several else (outputs.logits,)
+    return sum(losses.cross_entropy(logits, ctx.batch) for logits in each) * _share(options, ctx)
+
+  def of_member(member):
+    return {"fraction": float(member)}
+
+  def choose(trainable, state, logits, labels):
+    best = ensembles.ranked({member: logits[member] for member in sorted(counts, key=float)}, labels)[0]
+    first = state["kept"][:counts[best]]
+    alone = on_selected(spec, name, {**options, **of_member(best)}, source, first)
+    return alone, {"classifier": trainable["classifier"][best]}, {"kept": first}
+
+  method = Method(name=name, options=options, init=init, finish=finish, loss=loss, reads=source.reads,
+                  writes_from=spec.depth, varies=("coefficient",),
+                  readout=lambda trainable, features, carry, ctx: sum(carry.values()) / len(carry))
+  if not several:
+    return method
+  return method._replace(members=lambda outputs: outputs.carry, choose=choose, member_options=of_member)
+
+
+def two_stages(spec, name: str, options: dict, *, rank=lambda scores, layout: scores, second=on_selected) -> Method:
+  """A head on all features with a group lasso, then `second` on the best of them.
+
+  Args:
+    rank: (scores [N], layout) -> [N], what the largest are taken of.
+    second: (spec, name, options, reader, kept [K]) -> Method.
+  """
+  _check(spec, options)
+  source = reader(spec, options["sites"], options["target_size"], options["cls"])
+  counts, total = _counts(options["fraction"], source.layout.total).values(), source.layout.total
+  if min(counts) == total:  # nothing to select
+    return second(spec, name, options, source, jnp.arange(total))
+
+  def then(trainable, state):
+    kept = select(rank(score(trainable["classifier"]["kernel"]), source.layout), max(counts))
+    return second(spec, name, options, source, kept)
+
+  return _on_all(spec, name, options, source, "l21")._replace(then=then)
 
 
 def all_features(spec, *, penalty: str = "l21", coefficient: float = 1e-4, sites: str | tuple = "paper",
@@ -118,7 +148,7 @@ def all_features(spec, *, penalty: str = "l21", coefficient: float = 1e-4, sites
     spec: the backbone's spec.
     penalty: on the kernel, never the bias: "none", "l1", "l2" or "l21", a group lasso of each feature's weights.
     coefficient: of the penalty; the paper's grid for Head2Toe is 1e-4 and 1e-5.
-    sites: "paper" for its taps of a ViT (see above), or names of sites; "patch" has the class token put in front.
+    sites: "paper" for its taps, see `head2toe_reader`, or names of sites; "patch" has the class token put in front.
       `sites="pooled", penalty="none"` is the paper's Linear.
     target_size: T, to which activations are pooled; 512, 8192 or 24576 in the paper for ResNet-50.
     cls: how tokens with a class token are pooled: "normal", "only_cls" or "nopool_cls", see `pool`.
@@ -127,56 +157,59 @@ def all_features(spec, *, penalty: str = "l21", coefficient: float = 1e-4, sites
 
   Trainable: {"classifier": {"kernel": [N, C] Glorot-uniform, "bias": [C] zeros}}. Reads only; does not merge.
 
-  Differences from the code:
+  Differences from the code, and what undoes them where something does:
     * Its loss is (sum of cross-entropies + b * penalty) / B with B the nominal batch size and b the examples in the
       batch, so a short last batch counts less; here the cross-entropy is a mean over the b examples and the penalty
-      counts once, unless compat="paper" (whole batches only: a micro-batch would count as a batch).
+      counts once. compat="paper" does as the code (whole batches only: a micro-batch would count as a batch), and
+      Recipe's drop_last=False keeps the short batch.
     * It keeps the order of the first epoch for all others; here every epoch is shuffled, as for all methods.
+      Recipe's reshuffle=False. (Head2Toe's second stage has an order of its own there, here that of the first.)
+    * It resizes images as TF1 did, bilinear without antialiasing or half-pixel centres; here preprocessing belongs to
+      the weights. preprocessing="interpolation=bilinear_tf1".
+    * It trains with Keras' Adam and no decay. Recipe's optim name="adam_keras", eps=1e-7, weight_decay=0.0,
+      schedule="cosine".
+    * It reports the last step. Recipe's select="last".
     * It reports the mean over batches of correct / 50, too low where 50 does not divide the test set; here accuracy
       is correct / examples.
-    * It resizes images as TF1 did (bilinear without antialiasing or half-pixel centres); here preprocessing belongs
-      to the weights.
     * Its "per_feature" normalisation takes the statistics of whatever batch it holds and is left out; "layer groups"
       forget their coefficient and are left out.
-    * It trains with Keras' Adam: Recipe's optim name="adam_keras", eps=1e-7, weight_decay=0, schedule="cosine".
+    * The order of its features differs from process to process; here it is that of `taps`, scores of equal value going
+      to the earlier.
   """
   options = {"penalty": penalty, "coefficient": coefficient, "sites": sites, "target_size": target_size, "cls": cls,
              "normalisation": normalisation, "compat": compat}
   _check(spec, options)
-  return _head(spec, "all_features", options, _reader(spec, sites, target_size, cls), penalty=penalty)
+  return _on_all(spec, "all_features", options, reader(spec, sites, target_size, cls), penalty)
 
 
-def head2toe(spec, *, fraction: float = 0.01, coefficient: float = 1e-4, sites: str | tuple = "paper",
+def head2toe(spec, *, fraction: float | tuple = 0.01, coefficient: float = 1e-4, sites: str | tuple = "paper",
              target_size: int = 512, cls: str = "normal", normalisation: str = "unit",
              compat: str | None = None) -> Method:
   """Head2Toe, two stages: all features with a group lasso, then a new head on the best of them, without a penalty.
 
   Args:
     fraction: share of all N features that stay, int(fraction * N) of all layers together; the paper chooses it per task
-      by cross-validation, 0.001 to 0.2.
+      by cross-validation, 0.001 to 0.2; 1.0 keeps all and needs no first stage. Several, (0.001, 0.01, 0.1), are
+      trained side by side in the second stage, a head for each on its share of the best features, and the one with the
+      best validation accuracy stays (of equals, the lower loss, then the smaller fraction); until then, and for good
+      where there is no validation split, the logits are the mean of theirs.
     spec, coefficient, sites, target_size, cls, normalisation, compat: as of `all_features`; so are the differences from
       the code. Norms of the second stage are of the kept features only.
 
-  Trainable of the second stage: {"classifier": {"kernel": [K, C], "bias": [C]}}. State: {"kept": [K] int32}, indices
-  among all features, best first; `layout_of(spec, ...).split(kept)` tells them by layer. Both stages train with one
-  recipe, as in the code. Does not merge.
+  Trainable of the second stage: {"classifier": {"kernel": [K, C], "bias": [C]}}, of several fractions {"classifier":
+  {"0.01": {"kernel": [K, C], ...}, ...}}, each head being what it would be alone (clipping by the global norm would
+  couple them). State: {"kept": [K] int32} of the largest fraction, indices among all features, best first;
+  `layout_of(spec, ...).split(kept)` tells them by layer. Both stages train with one recipe, each from the start of its
+  schedule, as in the code. Does not merge.
+
+  Head2Toe-FT+ of the slides is no model but a choice: "has option to be tuned", which we take for cross-validation
+  between `head2toe` and `head2toe_ft` per task. Their options are the same, so a sweep over `method` makes it.
   """
-  options = {"fraction": fraction, "coefficient": coefficient, "sites": sites, "target_size": target_size, "cls": cls,
-             "normalisation": normalisation, "compat": compat}
-  _check(spec, options)
-  reader = _reader(spec, sites, target_size, cls)
-  total = reader[0].total
-  count = count_of(fraction, total)
-  if not 1 <= count <= total:
-    raise ValueError(f"fraction {fraction} keeps {count} of {total} features; expected 1 to {total}")
-
-  def then(trainable, state):
-    kept = select(score(trainable["classifier"]["kernel"]), count)
-    return _head(spec, "head2toe", options, reader, penalty="none", kept=kept)
-
-  return _head(spec, "head2toe", options, reader, penalty="l21")._replace(then=then)
+  return two_stages(spec, "head2toe", {
+      "fraction": fraction, "coefficient": coefficient, "sites": sites, "target_size": target_size, "cls": cls,
+      "normalisation": normalisation, "compat": compat})
 
 
 def layout_of(spec, *, sites: str | tuple = "paper", target_size: int = 512, cls: str = "normal") -> Layout:
   """The layers that these options read, and the number of features of each."""
-  return _reader(spec, sites, target_size, cls)[0]
+  return reader(spec, sites, target_size, cls).layout

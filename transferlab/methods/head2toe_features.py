@@ -105,15 +105,13 @@ def unit(x, axis: int = -1):
   return x / jnp.sqrt(jnp.where(squares > 0, squares, 1))
 
 
-def unit_per_layer(x, layers, count: int, mask=None):
+def unit_per_layer(x, layers, count: int):
   """`unit` of each layer's share of selected features.
 
   Args:
     x: [B, K].
     layers: [K], which of `count` layers each feature belongs to, in any order.
-    mask: [K] or None; features with 0 count as left out, of the norms too, and become 0.
   """
-  x = x if mask is None else x * mask
   squares = jax.ops.segment_sum((x * x).T, layers, count)         # [count, B]
   return x / jnp.sqrt(jnp.where(squares > 0, squares, 1))[layers].T  # [B, K]
 
@@ -147,18 +145,3 @@ def count_of(fraction: float, total: int) -> int:
 def select(scores, count: int):
   """Indices [count] int32 of the largest scores [N] of all layers together, best first; ties go to the lower index."""
   return jax.lax.top_k(scores, count)[1]
-
-
-def fraction_masks(fractions, total: int):
-  """Masks over the best features, best first, so that one program of equal shapes serves all fractions.
-
-  Args:
-    fractions: F of them.
-    total: N.
-
-  Returns:
-    [F, K] float32, K the count of the largest fraction: row f has 1 at the first count_of(f, N) places. A head on
-    `select(scores, K)`, `unit_per_layer` with a row as its mask, equals the head on that fraction's features alone.
-  """
-  counts = np.array([count_of(fraction, total) for fraction in fractions])
-  return (np.arange(counts.max()) < counts[:, None]).astype(np.float32)

@@ -1,8 +1,8 @@
 """InCA and Open-InCA: cross-attention adapters on many activations of a frozen backbone, all trained in parallel from
 one forward pass (Dukler et al. 2023, arXiv 2303.04105). `cross_attention.py` holds one adapter and says what is known
 of the paper; of the rest, stated in its abstracts: adapters are isolated from the backbone and trained in parallel, and
-are combined or selected afterwards. Our own choices: the sites, the loss, the rules of combining, selection by
-validation accuracy, everything else below.
+are combined or selected afterwards, the single best one being comparable to full fine-tuning already. Our own choices:
+the sites, the loss, the rules of combining, selection by validation accuracy, everything else below.
 
 The loss is the sum, not the mean, of the adapters' own mean losses: the adapters share no parameter, so each one's
 gradient is what it would be if it trained alone, whatever their number. Parameters lie under their site's name, so that
@@ -15,16 +15,17 @@ import re
 import jax
 import jax.numpy as jnp
 
-from transferlab import losses, tree
+from transferlab import ensembles, losses, tree
 from transferlab.backbones import sites as sites_of
-from transferlab.method import Context, Method, Read, forward
+from transferlab.method import Method, Read
 from transferlab.methods import cross_attention as ca
 
-COMBINATIONS = ("mean_logits", "mean_probabilities")
+MEANS = ("mean_logits", "mean_probabilities")
+TOP = re.compile(r"top([1-9]\d*)(_probabilities)?")
 
 
 def inca(spec, *, sites: str | None = None, queries: int = 1, heads: int | None = None, norm_tokens: bool = False,
-         combine: str = "mean_logits") -> Method:
+         combine: str = "best") -> Method:
   """InCA: an adapter and a linear head per site.
 
   Args:
@@ -34,8 +35,13 @@ def inca(spec, *, sites: str | None = None, queries: int = 1, heads: int | None 
     queries: learned queries per adapter; several are averaged before the head.
     heads: attention heads H of an adapter; default the backbone's own at that site, 1 in a ResNet.
     norm_tokens: a LayerNorm on the tokens before keys and values, for residual streams whose scale grows with depth.
-    combine: the logits are "mean_logits", of all adapters, or the logarithm of "mean_probabilities", or those of one
-      site, given by its name. Training does not depend on it.
+    combine: what becomes of the adapters; their training does not depend on it. Chosen on the validation split after
+      training, the others being dropped: "best", the one of the highest accuracy (of equal ones, of the lowest loss,
+      then the earliest); "top3", the mean of the logits of the three best, or of any other number, "top3_probabilities"
+      of their probabilities; "greedy", a weighted mean of logits, see `ensembles.greedy`. Until then, and for good
+      where there is no validation split, the logits are the mean over all. Not chosen: "mean_logits";
+      "mean_probabilities", the logarithm of that; a site's name, "norm"; a weighted mean, "block_03/out*2+norm".
+      The best one alone is the cheapest to serve, stopping where it reads; an ensemble is often a little better.
 
   Trainable: {"adapters": {site: …}, "classifier": {site: {"kernel": [D, C], "bias": [C]}}}, nested at the slashes of
   site names. One adapter of one query has 4 D^2 + 6 D parameters, 4,200,448 on ViT-L/16. Does not merge.
@@ -45,7 +51,7 @@ def inca(spec, *, sites: str | None = None, queries: int = 1, heads: int | None 
 
 
 def open_inca(spec, *, sites: str | None = None, heads: int | None = None, norm_tokens: bool = False,
-              combine: str = "mean_logits") -> Method:
+              combine: str = "best") -> Method:
   """Open-InCA: a query per class, and a diagonal head that reads logit c from query c.
 
   Options as of `inca`. One adapter has 4 D^2 + 5 D + C D parameters, and its head C (D + 1). Classes meet only in the
@@ -60,9 +66,7 @@ def _method(name, spec, pattern, heads, norm_tokens, combine, queries, head, opt
   if pattern is None:
     pattern = r"block_\d+/out" + (r"|norm" if "norm" in shapes and shapes["norm"].shape[1] > 1 else "")
   chosen = _matching(spec, shapes, pattern)
-  if combine not in (*COMBINATIONS, *chosen):
-    raise ValueError(f"combine is {combine!r}; expected {', '.join(COMBINATIONS)} or a site that is read, nearest: "
-                     f"{', '.join(tree.nearest(combine, chosen))}")
+  _check(combine, chosen)
   make = {site: functools.partial(ca.init, width=shapes[site].shape[-1], norm_tokens=norm_tokens,
                                   heads=_heads(spec, site) if heads is None else heads) for site in chosen}
   for init_ in make.values():  # a number of heads that does not divide a width is an error now, not at the first step
@@ -85,11 +89,13 @@ def _method(name, spec, pattern, heads, norm_tokens, combine, queries, head, opt
   def loss(trainable, outputs, ctx):
     return sum(losses.cross_entropy(logits, ctx.batch) for logits in outputs.carry.values())
 
+  options = {"sites": pattern, **options, "heads": heads, "norm_tokens": norm_tokens, "combine": combine}
   return Method(
-      name=name, options={"sites": pattern, **options, "heads": heads, "norm_tokens": norm_tokens, "combine": combine},
-      init=init, visit=visit, carry={}, loss=loss, writes_from=spec.depth,
+      name=name, options=options, init=init, visit=visit, carry={}, loss=loss, writes_from=spec.depth,
       readout=lambda trainable, features, carry, ctx: combined(carry, combine),
-      reads={site: Read(site) for site in chosen}, members=lambda outputs: outputs.carry)
+      reads={site: Read(site) for site in chosen}, members=lambda outputs: outputs.carry,
+      choose=_choose(spec, name, options, chosen) if len(chosen) > 1 and _chooses(combine) else None,
+      member_options=lambda site: {"sites": re.escape(site), "combine": "mean_logits"})
 
 
 def _matching(spec, shapes: dict, pattern: str) -> list[str]:
@@ -118,14 +124,56 @@ def _at(nested: dict, site: str) -> dict:
   return functools.reduce(dict.__getitem__, site.split("/"), nested)
 
 
-def combined(logits: dict, how: str):
-  """One set of logits [B, C] of {site: [B, C]}; see `inca` for `how`. Softmax of them gives the probabilities meant."""
-  if how not in COMBINATIONS:
-    return logits[how]
-  each = jnp.stack(list(logits.values()))                                             # [K, B, C]
-  if how == "mean_logits":
-    return each.mean(axis=0)
-  return jax.nn.logsumexp(jax.nn.log_softmax(each), axis=0) - jnp.log(len(logits))
+def _chooses(combine: str) -> bool:
+  return combine in ("best", "greedy") or bool(TOP.fullmatch(combine))
+
+
+def _choose(spec, name: str, options: dict, sites: list[str]):
+  """The `Method.choose` of a method with these options that reads these sites."""
+  combine = options["combine"]
+  top = TOP.fullmatch("top1" if combine == "best" else combine)
+
+  def choose(trainable, state, logits, labels):
+    logits = {site: logits[site] for site in sites}  # of equal ones the earlier wins
+    picked = ensembles.top_k(logits, labels, int(top[1])) if top else ensembles.greedy(logits, labels)
+    how = MEANS[bool(top and top[2])]
+    if len(set(picked.values())) > 1:
+      how = "+".join(f"{site}*{weight}" for site, weight in picked.items())
+    kept = {**options, "sites": "|".join(map(re.escape, picked)), "combine": how}
+    return {"inca": inca, "open_inca": open_inca}[name](spec, **kept), at_sites(trainable, picked), state
+
+  return choose
+
+
+def _shares(combine: str, sites) -> dict[str, int]:
+  """{site: weight} of "block_03/out*2+norm"; {} if that is not what it says of these sites."""
+  parts = [re.fullmatch(r"(.+?)(?:\*([1-9]\d{0,3}))?", part) for part in combine.split("+")]
+  found = {part[1]: int(part[2] or 1) for part in parts if part and part[1] in sites}
+  return found if len(found) == len(parts) else {}
+
+
+def _check(combine: str, sites: list[str]) -> None:
+  top = TOP.fullmatch(combine)
+  if top and int(top[1]) > len(sites):
+    raise ValueError(f"combine is {combine!r} and {len(sites)} sites are read; expected a number from 1 to "
+                     f"{len(sites)}")
+  if not (_chooses(combine) or combine in MEANS or _shares(combine, sites)):
+    raise ValueError(f"combine is {combine!r}; expected best, top3 (or another number), greedy, {', '.join(MEANS)} "
+                     f"or a site that is read, nearest: {', '.join(tree.nearest(combine, sites))}")
+
+
+def combined(logits: dict, combine: str):
+  """One set of logits [B, C] of {site: [B, C]}; see `inca`. Softmax of them gives the probabilities meant."""
+  if combine == "mean_probabilities":
+    each = jnp.stack(list(logits.values()))                                           # [K, B, C]
+    return jax.nn.logsumexp(jax.nn.log_softmax(each), axis=0) - jnp.log(len(logits))
+  weights = _shares(combine, logits) or dict.fromkeys(logits, 1)
+  return sum(weight * logits[site] for site, weight in weights.items()) / sum(weights.values())
+
+
+def at_sites(trainable: dict, sites) -> dict:
+  """The adapters and heads of these sites alone."""
+  return {part: tree.unflatten({site: _at(trainable[part], site) for site in sites}) for part in trainable}
 
 
 def _each_site(trainable: dict, change) -> dict:
@@ -145,39 +193,3 @@ def add_classes(trainable: dict, rng, count: int) -> dict:
 def keep_classes(trainable: dict, classes) -> dict:
   """The trainable of `open_inca` with these classes alone, in this order; see `cross_attention.keep_classes`."""
   return _each_site(trainable, lambda k, *pair: ca.keep_classes(*pair, classes))
-
-
-def site_scores(method: Method, backbone, trainable, frozen, batches) -> dict[str, tuple[float, float]]:
-  """Accuracy and mean cross-entropy of every adapter, for choosing among them: give validation data, never the test's.
-
-  Args:
-    method: an `inca` or `open_inca`.
-    batches: of {"image": [B, S, S, 3] normalised, "label": [B], "weight": [B], 0 for rows that do not count}.
-
-  Returns:
-    {site: (accuracy, loss)} in the order of the forward pass.
-  """
-  @jax.jit
-  def count(trainable, frozen, batch):
-    logits = forward(method, backbone, trainable, batch["image"], Context(frozen=frozen)).carry
-    weight, label = batch["weight"], batch["label"]
-    def sums(z):
-      of_label = jnp.take_along_axis(jax.nn.log_softmax(z), label[:, None], axis=-1)[:, 0]
-      return jnp.stack([jnp.sum(weight * (z.argmax(-1) == label)), -jnp.sum(weight * of_label), jnp.sum(weight)])
-    return {site: sums(z) for site, z in logits.items()}
-
-  counts = [jax.device_get(count(trainable, frozen, batch)) for batch in batches]
-  totals = {site: sum(each[site] for each in counts) for site in method.reads}                  # {site: [3]}
-  return {site: (float(right / rows), float(loss / rows)) for site, (right, loss, rows) in totals.items()}
-
-
-def best_site(scores: dict[str, tuple[float, float]]) -> str:
-  """The site of the highest accuracy; of equal ones that of the lower loss, then the earlier."""
-  return max(scores, key=lambda site: (scores[site][0], -scores[site][1]))
-
-
-def only(spec, method: Method, trainable: dict, site: str) -> tuple[Method, dict]:
-  """The method and trainable of one site's adapter alone; its logits are those it had among the others."""
-  make = {"inca": inca, "open_inca": open_inca}[method.name]
-  alone = make(spec, **{**method.options, "sites": re.escape(site), "combine": "mean_logits"})
-  return alone, {part: tree.unflatten({site: _at(trainable[part], site)}) for part in trainable}

@@ -1,10 +1,12 @@
 """Linear probe: a classifier on one activation of the frozen backbone, by default its own feature vector."""
+from transferlab.backbones import sites
 from transferlab.method import Method, Read
 from transferlab.methods import classifier
+from transferlab.tree import nearest
 
 
 def linear(spec, *, site: str = "pooled", tokens: str = "cls") -> Method:
-  """Linear probe.
+  """Linear probe; on an intermediate activation with another `site`.
 
   Args:
     spec: the backbone's spec.
@@ -14,8 +16,17 @@ def linear(spec, *, site: str = "pooled", tokens: str = "cls") -> Method:
 
   Merges into a plain backbone with a head when it reads "pooled".
   """
-  from transferlab.backbones import sites
-  from transferlab.tree import nearest
+  read, width = feature(spec, site, tokens)
+  return Method(
+      name="linear", options={"site": site, "tokens": tokens},
+      init=lambda rng, frozen, num_classes: ({"classifier": classifier.init(rng, width, num_classes)}, {}),
+      readout=lambda trainable, features, carry, ctx: classifier.apply(trainable["classifier"], carry["features"]),
+      reads={"features": read}, writes_from=spec.depth,
+      merge=(lambda trainable, frozen: frozen) if site == "pooled" else None)
+
+
+def feature(spec, site: str, tokens: str) -> tuple[Read, int]:
+  """What reads one vector [B, D'] of a site, and D'; see `linear` for the arguments."""
   shapes = sites(spec)
   if site not in shapes:
     raise ValueError(f"site {site!r} is not in {spec.name}; nearest: {', '.join(nearest(site, shapes))}")
@@ -32,11 +43,4 @@ def linear(spec, *, site: str = "pooled", tokens: str = "cls") -> Method:
     y = y.reshape(y.shape[0], -1, y.shape[-1])
     return y[:, 0] if tokens == "cls" else y[:, 0 if site == "patch" else prefix:].mean(axis=1)
 
-  return Method(
-      name="linear", options={"site": site, "tokens": tokens},
-      init=lambda rng, frozen, num_classes: (
-          {"classifier": classifier.init(rng, shapes[site].shape[-1], num_classes)}, {}),
-      readout=lambda trainable, features, carry, ctx: classifier.apply(trainable["classifier"], carry["features"]),
-      reads={"features": Read(site, tokens if has_tokens else "tokens", reduce)},
-      writes_from=spec.depth,
-      merge=(lambda trainable, frozen: frozen) if site == "pooled" else None)
+  return Read(site, tokens if has_tokens else "tokens", reduce), shapes[site].shape[-1]

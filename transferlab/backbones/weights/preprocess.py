@@ -11,7 +11,7 @@ Where a file says nothing, the convention of its layout is assumed, and the call
 """
 import math
 
-from transferlab.backbones.spec import CROPS, Preprocessing
+from transferlab.backbones.spec import CROPS, PILLOW_FILTERS, Preprocessing
 from transferlab.backbones.weights.files import WeightsError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -67,6 +67,9 @@ def from_huggingface(config: dict, image_size: int) -> Preprocessing:
 
 def to_timm(preprocessing: Preprocessing) -> dict:
   """timm's `pretrained_cfg` of a Preprocessing; inverse of `from_timm`."""
+  if preprocessing.interpolation not in PILLOW_FILTERS:
+    raise WeightsError(f"timm has no interpolation {preprocessing.interpolation!r}; expected one of "
+                       f"{', '.join(PILLOW_FILTERS)}: deploy the adapter, or pass preprocessing= with bilinear")
   return {"input_size": [3, preprocessing.image_size, preprocessing.image_size], "fixed_input_size": True,
           "interpolation": preprocessing.interpolation, "crop_pct": preprocessing.crop_fraction,
           "crop_mode": preprocessing.crop, "mean": list(preprocessing.mean), "std": list(preprocessing.std)}

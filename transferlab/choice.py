@@ -1,0 +1,134 @@
+"""A sweep's ledger, and the choice among what is in it."""
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from transferlab.files import atomic, write_json
+from transferlab.workdir import Workdir
+
+
+class Candidate(NamedTuple):
+  """What can be chosen.
+
+  Fields:
+    values: {key: value} of the grid, without the seed.
+    member: of the method's classifiers; "" where it has but one.
+    score, loss: means over folds and seeds; None if one of them diverged.
+    point: number of its first grid point.
+  """
+  values: dict[str, Any]
+  member: str
+  score: float | None
+  loss: float | None
+  point: int
+
+  def __str__(self) -> str:
+    return ", ".join([f"{key}={value}" for key, value in self.values.items()] + ([self.member] if self.member else []))
+
+
+class Ledger:
+  """`sweep.jsonl` in a folder that belongs to one sweep; another one is refused with the differences.
+
+  Rows of a grid point come and go together, and are found by the hash of everything that was asked of the point.
+  """
+
+  def __init__(self, path, asked: dict):
+    self.folder = Workdir(path, json.loads(json.dumps(asked)))  # tuples become lists, as they will be when read back
+    self.path = self.folder.path / "sweep.jsonl"
+    self.rows: dict[str, list[dict]] = {}
+    for number, line in enumerate(self.path.read_text().splitlines() if self.path.exists() else [], 1):
+      try:
+        row = json.loads(line)
+        self.rows.setdefault(row["point_hash"], []).append(row)
+      except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{self.path} line {number} is no row of a sweep; delete the line, its point is then trained "
+                         "again") from None
+
+  def begin(self) -> None:
+    """Takes the folder."""
+    self.folder.path.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "sweep.jsonl", "best.json"):
+      for left_over in self.folder.path.glob(f".{name}.*"):  # of a write that was killed
+        left_over.unlink()
+    write_json(self.folder.path / "config.json", self.folder.asked)
+
+  def add(self, rows: Sequence[dict]) -> None:
+    """Appends rows, all or none of them."""
+    for row in rows:
+      self.rows.setdefault(row["point_hash"], []).append(row)
+    with atomic(self.path) as temporary, open(temporary, "w") as file:
+      file.writelines(json.dumps(row) + "\n" for point in self.rows.values() for row in point)
+
+
+def point_hash(asked: dict) -> str:
+  """16 hex digits of what was asked of a point."""
+  return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+  """The mean, None if anything is missing."""
+  return None if any(value is None for value in values) else statistics.fmean(values)
+
+
+def plain(score: NamedTuple) -> dict:
+  """A `heads.Score` for JSON; the numbers of one that diverged are None."""
+  found = {name: value for name, value in score._asdict().items() if name != "mean_over_domains" or value is not None}
+  broken = not (math.isfinite(score.loss) and math.isfinite(score.accuracy))
+  return {name: None if broken and isinstance(value, float) else value for name, value in found.items()}
+
+
+def over_folds(scores: Sequence[dict]) -> dict:
+  """A point's score, of those of its folds: each fold counts the same."""
+  means = {name: mean([score[name] for score in scores]) for name in scores[0] if name not in ("step", "examples")}
+  return {**means, "examples": sum(score["examples"] for score in scores)}
+
+
+def candidates(points: Sequence[dict], rows: Sequence[Sequence[dict]], criterion: str) -> list[Candidate]:
+  """What can be chosen, the best first: by score, of equals by loss, then by place in the grid; the diverged come last.
+
+  Args:
+    points: {key: value} of the grid's points; those that differ only in "seed" count as one.
+    rows: of the ledger, by point; one for each member.
+    criterion: the field of a row's "val" that is the score.
+
+  Raises:
+    ValueError: all have diverged.
+  """
+  found: dict[str, tuple[dict, str, int, list[dict]]] = {}
+  for number, (values, own) in enumerate(zip(points, rows)):
+    values = {key: value for key, value in values.items() if key != "seed"}
+    for row in own:
+      key = json.dumps([values, row["member"]], sort_keys=True)
+      found.setdefault(key, (values, row["member"], number, []))[3].append(row["val"])
+  made = [Candidate(values, member, mean([val[criterion] for val in vals]), mean([val["loss"] for val in vals]), number)
+          for values, member, number, vals in found.values()]
+  finite = [candidate for candidate in made if candidate.score is not None]
+  if not finite:
+    raise ValueError(f"all {len(made)} candidates diverged: loss or parameters were not finite; lower optim.lr, set "
+                     "optim.clip=1.0, or use dtype='float32'")
+  ranked = sorted(finite, key=lambda candidate: (-candidate.score, candidate.loss))  # stable: the earlier stays first
+  return ranked + [candidate for candidate in made if candidate.score is None]
+
+
+def show(found: Sequence[Candidate], criterion: str, title: str, count: int = 10) -> None:
+  """Prints the best candidates, the chosen one first, by what they differ in."""
+  members = any(candidate.member for candidate in found)
+  keys = [key for key in found[0].values if len({str(candidate.values[key]) for candidate in found}) > 1]
+  names = [key.rpartition(".")[2] for key in keys]
+  table = Table("", *(names if len(set(names)) == len(names) else keys), *["member"] * members, f"val {criterion}",
+                "val loss", title=escape(title))
+  number = lambda value: "diverged" if value is None else f"{value:.4f}"
+  value = lambda value: f"{value:g}" if isinstance(value, float) else escape(str(value))
+  for place, candidate in enumerate(found[:count]):
+    table.add_row("chosen" if not place else str(place + 1), *(value(candidate.values[key]) for key in keys),
+                  *[escape(candidate.member)] * members, number(candidate.score), number(candidate.loss))
+  Console().print(table)
+  if len(found) > count:
+    print(f"and {len(found) - count} more, all in sweep.jsonl")

@@ -1,0 +1,120 @@
+"""What all chunks and stages of a training of parallel heads share: batches, frozen parameters, compiled programs."""
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transferlab import backbones, config, cost, data, devices
+from transferlab.heads.program import Head, chunk_size, make_heads_scores, make_heads_step, run_shapes, settings
+from transferlab.method import Method
+from transferlab.optim import schedule
+from transferlab.progress import say
+from transferlab.recipe import train_loader
+from transferlab.step import compile_step
+from transferlab.train import criterion
+
+
+class Lane(NamedTuple):
+  """A head on its way through the stages: its place among all, its method of this stage, whether it is still finite."""
+  number: int
+  head: Head
+  method: Method
+  finite: bool = True
+
+
+class Shared:
+  """Batches, frozen parameters and compiled programs."""
+
+  def __init__(self, weights, task, recipe, count, *, folds, loaders, memory_limit, mesh, keep_logits, keep_trainables,
+               quiet):
+    self.weights, self.task, self.recipe = weights, task, recipe
+    self.folds = None if folds is None else np.asarray(folds, np.int32)
+    self.keep_logits, self.keep_trainables, self.quiet = keep_logits, keep_trainables, quiet
+    self.tell = (lambda message: None) if quiet else say
+    self.limit = cost.available_bytes() - cost.held_bytes() if memory_limit is None else memory_limit
+    self.num_classes, self.split = len(task.class_names), "val" if folds is None else "train"
+    self.loader, rest = loaders or (train_loader(recipe, task, weights.preprocessing), {})
+    self.eval_loader = rest.get(self.split) if loaders else data.eval_loader(
+        task.splits[self.split], weights.preprocessing, batch_size=max(recipe.batch_size, 32))
+    if self.eval_loader is None:
+      raise ValueError(f"loaders have {', '.join(rest) or 'nothing'} to evaluate on; expected {self.split!r}")
+    self.position = self.loader.get_state()
+    first = next(iter(self.loader))
+    cached = "activations" in first
+    if mesh is None:
+      number = recipe.devices or jax.device_count()
+      mesh = devices.make_mesh(number, math.gcd(number, count) if cached else 1)
+    self.mesh, self.sharding = mesh, devices.along_heads(mesh)
+    self.first = self.put(first)
+    dtype = devices.compute_dtype(recipe.dtype)
+    self.backbone = None if cached else backbones.build(weights.spec, dtype)
+    cast = lambda leaf: jnp.asarray(leaf, dtype)
+    self.frozen = {} if cached else devices.replicate(jax.tree.map(cast, weights.params), mesh)
+    per_epoch, B = self.loader.steps_per_epoch, self.loader.rows_per_step
+    self.total = config.resolve_steps(recipe.duration, per_epoch, B, None, "duration", positive=True)
+    steps = lambda name: config.resolve_steps(getattr(recipe, name), per_epoch, B, self.total, name, positive=True)
+    self.best = recipe.select == "best" and folds is None
+    self.evaluate_every = steps("evaluate_every") if self.best else self.total
+    self.log_every = steps("log_every")
+    self.by_domain = criterion(recipe, task) == "mean_over_domains"
+    self.rates, self.programs, self.peak = {}, {}, 0
+
+  def put(self, batch: dict) -> dict:
+    if self.folds is not None:
+      batch = {**batch, "fold": self.folds[batch["index"]]}  # filling, row -1, weighs nothing
+    return devices.put_batch(batch, self.mesh)
+
+  def chunk_size(self, stage: int, lane: Lane, count: int) -> int:
+    peak = lambda size: cost.peak_bytes(self.program(stage, lane, size)[0])
+    size = chunk_size(count, peak, self.limit, self.mesh.shape["heads"])
+    chunks = -(-count // size)
+    if not stage or chunks > 1:  # a later stage needs no line for each chunk, unless that is cut once more
+      self.tell(f"{f'stage {stage}: ' if stage else ''}{count} heads in {chunks} chunk{'s' * (chunks > 1)} of {size}, "
+                f"peak {peak(size) / 2**20:.1f} MiB of {self.limit / 2**20:.1f}")
+    self.peak = max(self.peak, peak(size))
+    return size
+
+  def program(self, stage: int, lane: Lane, size: int):
+    """(compiled step, evaluation) of `size` heads like this one; the chunks of a stage share it."""
+    if (stage, size) not in self.programs:
+      rows, groups = len(self.first["weight"]), self.mesh.shape["data"]
+      if self.recipe.micro_batch < 0:
+        fewest = self.mesh.shape["heads"]
+        _, parts = cost.largest_that_fits(lambda parts: self.compile(lane, fewest, parts), rows, groups, self.limit)
+      else:
+        parts = cost.parts(rows, self.recipe.micro_batch or rows, groups)
+      domains = self.eval_loader.split.domains
+      scores = make_heads_scores(lane.method, self.backbone, self.weights.preprocessing,
+                                 1 if domains is None else int(domains.max()) + 1)
+      self.programs[stage, size] = self.compile(lane, size, parts), scores
+    return self.programs[stage, size]
+
+  def compile(self, lane: Lane, size: int, parts: int):
+    recipe, method = self.recipe, lane.method
+    step = make_heads_step(
+        method, self.backbone, recipe.optim, self.weights.preprocessing, self.num_classes, self.sharding,
+        drop_path=recipe.drop_path, remat=recipe.remat, micro_batches=parts)
+    shapes = run_shapes(method, self.weights.params, self.num_classes, recipe.optim, size)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding), shapes)
+    return compile_step(step, shapes, self.settings([lane.head] * size), self.frozen_of(method), self.first,
+                        remat=recipe.remat)
+
+  def frozen_of(self, method: Method) -> dict:
+    return self.frozen if method.frozen else {}
+
+  def settings(self, heads: list[Head]) -> dict:
+    """What the programs need to know of these heads, on the devices."""
+    def rates(lr):
+      if lr not in self.rates:
+        rate = schedule(dataclasses.replace(self.recipe.optim, lr=lr), self.total, self.loader.steps_per_epoch,
+                        self.loader.rows_per_step)
+        steps = jnp.arange(self.total)
+        self.rates[lr] = np.asarray(jax.vmap(lambda step: jnp.asarray(rate(step), jnp.float32))(steps))
+      return self.rates[lr]
+    labels = self.task.splits["train"].labels
+    weights = lambda fold: data.class_weights(labels if fold < 0 else labels[self.folds != fold], self.num_classes)
+    found = settings(heads, rates, weights if self.recipe.class_weights == "balanced" else None)
+    return jax.device_put(found, self.sharding)

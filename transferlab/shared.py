@@ -1,0 +1,116 @@
+"""Several tasks served on one pass of a frozen backbone (Dukler et al. 2023, arXiv 2303.04105, name this as what a
+fixed backbone permits; the rest is ours).
+
+Each task was trained on its own. A head only reads, so all heads take their activations from the same pass, which is
+computed no further than the deepest site that one of them reads: XLA drops what nobody looks at.
+"""
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from transferlab import backbones
+from transferlab.backbones.spec import Preprocessing
+from transferlab.backbones.weights import Weights
+from transferlab.checkpoint import Adapter, check_backbone, load_adapter
+from transferlab.method import Context, Method, collect, forward
+from transferlab.serve import in_batches, weights_of
+from transferlab.step import to_inputs
+
+
+class SharedClassifier(NamedTuple):
+  """Calling it with uint8 RGB images, or files, gives {task: probabilities [N, C]}; columns are `tasks[task]`."""
+  tasks: dict  # {task: class names}
+  preprocessing: Preprocessing
+  weights: Weights
+  deepest: str  # the last site that a task reads, where the pass ends
+  logits: Callable  # preprocessed images [B, S, S, 3] on 0 … 255 -> {task: logits [B, C]}
+
+  def __call__(self, images: Iterable, batch_size: int = 32) -> dict[str, np.ndarray]:
+    """Images of any size, uint8 [H, W, 3] or paths, to probabilities float32 [N, C] of each task."""
+    found = {task: [np.zeros((0, len(names)), np.float32)] for task, names in self.tasks.items()}
+    for batch, rows in in_batches(images, self.preprocessing, batch_size):
+      for task, logits in self.logits(batch).items():
+        found[task].append(np.asarray(jax.nn.softmax(logits, axis=-1))[:rows])
+    return {task: np.concatenate(parts) for task, parts in found.items()}
+
+  by_task = __call__
+
+
+def load_many(adapters, weights=None) -> SharedClassifier:
+  """Loads adapters of several tasks onto one backbone.
+
+  Args:
+    adapters: paths of adapter files, or {task: path}. Without names of yours, tasks go by the names they were trained
+      under, or, where two of these are the same, by the files' names or paths.
+    weights: Weights, or a source for `load_weights`; adapters on a zoo backbone find their own.
+
+  Raises:
+    ValueError: an adapter of other weights or another preprocessing than the first, or one that changes what the
+      backbone computes, as dtl, lora and full do.
+  """
+  paths = list(adapters.values() if isinstance(adapters, Mapping) else map(os.fspath, adapters))
+  if not paths:
+    raise ValueError("no adapters given; expected at least one file")
+  found = [load_adapter(path) for path in paths]
+  names = list(adapters) if isinstance(adapters, Mapping) else _names(paths, found)
+  for path, adapter in zip(paths, found):
+    _check_same(path, adapter, paths[0], found[0])
+  weights = weights_of(paths[0], found[0], weights)
+  for path, adapter in zip(paths, found):
+    check_backbone(adapter, weights)
+    if adapter.method.writes_from < weights.spec.depth or not adapter.method.reads:
+      raise ValueError(f"{path} holds {adapter.method.name!r}, which changes what the backbone computes, so that it "
+                       "cannot share a pass; serve it on its own. Those that only read share one: linear, inca, …")
+  methods = {name: adapter.method for name, adapter in zip(names, found)}
+  run = make_predict(methods, backbones.build(weights.spec), found[0].preprocessing)
+  heads = jax.device_put({name: (adapter.trainable, adapter.state) for name, adapter in zip(names, found)})
+  frozen = jax.device_put(weights.params)
+  read = {read.site for method in methods.values() for read in method.reads.values()}
+  deepest = [site for site in backbones.sites(weights.spec) if site in read][-1]
+  return SharedClassifier({name: adapter.class_names for name, adapter in zip(names, found)}, found[0].preprocessing,
+                          weights, deepest, lambda images: run(heads, frozen, images))
+
+
+def make_predict(methods: dict[str, Method], backbone: backbones.Backbone, preprocessing: Preprocessing) -> Callable:
+  """A jitted ({task: (trainable, state)}, frozen, images [B, S, S, 3] on 0 … 255) -> {task: logits [B, C] float32}.
+
+  What several methods read at one site, reduced alike, is collected once.
+  """
+  reads = {(read.site, read.how): read for method in methods.values() for read in method.reads.values()}
+
+  def run(heads, frozen, images):
+    _, seen = backbone.apply(frozen, to_inputs(images, preprocessing), collect(reads, frozen), {})
+    logits = {}
+    for task, method in methods.items():
+      trainable, state = heads[task]
+      activations = {slot: seen[read.site, read.how] for slot, read in method.reads.items()}
+      logits[task] = forward(method, None, trainable, activations, Context(state=state)).logits
+    return logits
+  return jax.jit(run)
+
+
+def _names(paths: list[str], adapters: list[Adapter]) -> list[str]:
+  """A name for each task, all different."""
+  trained_as = [adapter.header.get("task") for adapter in adapters]
+  for names in (trained_as, [Path(path).stem for path in paths], paths):
+    if all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names):
+      return names
+  twice = next(path for path in paths if paths.count(path) > 1)
+  raise ValueError(f"{twice} is given twice; expected one adapter per task")
+
+
+def _check_same(path, adapter: Adapter, first_path, first: Adapter) -> None:
+  """Refuses an adapter of other weights, or with other images, than the first one."""
+  mine, other = adapter.backbone["hash"], first.backbone["hash"]
+  if mine != other:
+    raise ValueError(f"{path} was trained on weights with hash {mine[:12]} and {first_path} with {other[:12]}; one "
+                     "pass needs one backbone: serve them apart, or train them on the same weights")
+  mine, other = adapter.preprocessing.to_dict(), first.preprocessing.to_dict()
+  different = [f"{field} {mine[field]} and {other[field]}" for field in other if mine[field] != other[field]]
+  if different:
+    raise ValueError(f"{path} and {first_path} prepare images differently: {', '.join(different)}; one pass needs one "
+                     "image: serve them apart, or train them with the same preprocessing")
