@@ -523,12 +523,9 @@ def test_a_defect_keeps_its_traceback(run, monkeypatch):
 # Configurations
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
-@pytest.mark.parametrize("method", methods.METHODS)
-def test_every_config_parses_for_every_method(path, method):
-  found = experiment.load(f"{path}:method={method},seed=3", {"data": "digits"})
-  asked, options, recipe = experiment.parse(found)
-  assert asked.method == method and recipe.seed == 3 and options.keys() == methods.options_of(method).keys()
-  methods.build(method, backbones.architecture("vit_tiny_test"), **options)
+def test_every_config_takes_its_arguments_from_the_command_line(path):
+  asked, options, recipe = experiment.parse(experiment.load(f"{path}:method=lora,seed=3", {"data": "digits"}))
+  assert (asked.method, asked.data, recipe.seed) == ("lora", "digits", 3) and options == methods.options_of("lora")
 
 
 def test_overrides_have_the_type_of_what_they_override():

@@ -37,11 +37,20 @@ def texts(path) -> list[str]:
   return [f"method={name}" for name in methods.METHODS]
 
 
+def steps(path) -> list[str]:
+  """The arguments whose first step is run: every method in one file; in others, whose recipe is what is left to try, two
+  and the names that the file adds."""
+  tried = ("", "lora", "linear", *getattr(load(path), "NAMES", {}))
+  return [text for text in texts(path) if path.stem == "folder" or text.removeprefix("method=") in tried] + [
+      f"method={name}" for name in tried if name and name not in methods.METHODS]
+
+
 CASES = [(path, text) for path in files() for text in texts(path)]
-IDS = [f"{path.stem}-{text}" for path, text in CASES]
+STEPS = [(path, text) for path in files() for text in steps(path)]
+named = lambda cases: [f"{path.stem}-{text}" for path, text in cases]
 
 
-@pytest.mark.parametrize("path, text", CASES, ids=IDS)
+@pytest.mark.parametrize("path, text", CASES, ids=named(CASES))
 def test_config_loads(path, text):
   config = load(path).get_config(text or None)
   if not config.data:
@@ -56,7 +65,7 @@ def test_config_loads(path, text):
   assert recipe == train.Recipe(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)})
 
 
-@pytest.mark.parametrize("path, text", CASES, ids=IDS)
+@pytest.mark.parametrize("path, text", STEPS, ids=named(STEPS))
 def test_first_step_of_a_config(path, text, random_weights, tiny_spec, tiny_task):
   """The step of the whole recipe (its duration, schedule and augmentation), on a backbone and a batch that are tiny."""
   config = load(path).get_config(text or None)

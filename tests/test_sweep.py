@@ -49,6 +49,7 @@ def heads(monkeypatch):
     score = staticmethod(lambda head, method: {"": Score(head.lr, 1.0, None, 6, 6)})
     def __call__(self, method, weights, task, recipe, heads, *, folds, loaders, finished, **_):
       assert "test" not in task.splits
+      assert not loaders or set(loaders[1]) == {"val" if folds is None else "train"}
       self.calls.append(heads)
       self.cached.append((method.name, loaders is not None))
       for first in range(0, len(heads), self.chunk):
@@ -198,7 +199,7 @@ def test_the_choice_is_a_point_and_a_member(place, tmp_path, heads, monkeypatch)
 def test_a_fraction_is_chosen_among_those_of_one_training(place, tmp_path, heads):
   heads.score = lambda head, method: {"0.1": Score(0.5, 1.0, None, 6, 6), "0.4": Score(0.75, 1.0, None, 6, 6)}
   outcome = chosen(place, tmp_path, {"options.fraction": ["(0.1,0.4)"]}, config=config(place, "head2toe"))
-  assert outcome.best.member == "0.4" and len(heads.calls[0]) == 1
+  assert outcome.best.member == "0.4" and [head.vary for head in heads.calls[0]] == [{"coefficient": 1e-4}]
   assert json.loads((tmp_path / "sweep" / "best.json").read_text())["config"]["options"]["fraction"] == 0.4
 
 

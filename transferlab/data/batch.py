@@ -8,7 +8,7 @@ from transferlab.backbones.spec import Preprocessing
 from transferlab.data.augment import Augmentation, augment
 from transferlab.data.cache import Examples
 from transferlab.data.mix import mix, smooth_one_hot
-from transferlab.data.tasks import Split
+from transferlab.data.tasks import DataError, Split
 
 Batch = dict[str, np.ndarray]
 
@@ -99,3 +99,15 @@ class Mix:
 def concatenate(batches: list[Batch]) -> Batch:
   """One batch after the other, as one."""
   return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def check_domains(split: Split, batch_size: int) -> None:
+  """Raises `DataError` where a split cannot give `batch_size` rows of every domain."""
+  if split.domains is None:
+    raise DataError(f"split {split.name!r} has no domains, and one batch of every domain is asked for; use data with "
+                    "domains, or per_domain=False")
+  domains, counts = np.unique(split.domains, return_counts=True)
+  if not 1 <= batch_size <= counts.min():
+    such = split.keys[np.flatnonzero(split.domains == domains[counts.argmin()])[0]]
+    raise DataError(f"batch_size {batch_size} of every domain does not suit split {split.name!r}, whose smallest "
+                    f"domain (of {such!r}) has {counts.min()} images; expected 1..{counts.min()}; lower batch_size")

@@ -20,7 +20,8 @@ import numpy as np
 from transferlab.backbones.spec import PILLOW_FILTERS, Preprocessing
 from transferlab.data import cache as cache_lib
 from transferlab.data.augment import Augmentation, preset
-from transferlab.data.batch import Attach, Augment, Batch, Collate, CollateRows, Mix, Rows, concatenate
+from transferlab.data.batch import (Attach, Augment, Batch, Collate, CollateRows, Mix, Rows, check_domains,
+                                    concatenate)
 from transferlab.data.tasks import DataError, Split
 
 
@@ -65,15 +66,13 @@ def train_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int,
   if num_classes is not None and len(split) and not 0 <= split.labels.min() <= split.labels.max() < num_classes:
     raise DataError(f"labels of split {split.name!r} run from {split.labels.min()} to {split.labels.max()}; "
                     f"expected 0..{num_classes - 1}")
-  examples = _without_images(split) if activations else cache_lib.load(
-      split, None if augmentation.random_resized_crop else preprocessing, cache=cache, bad_images=bad_images,
-      progress=progress)
+  examples = _examples(split, preprocessing, augmentation, activations, cache, bad_images, progress)
   lost = sorted(set(split.labels.tolist()) - set(examples.split.labels.tolist()))
   if lost:
     raise DataError(f"after leaving out {len(examples.problems)} unreadable images, class {lost[0]} of split "
                     f"{split.name!r} has none; replace them: {examples.problems[0]}")
   if per_domain:
-    _check_domains(examples.split, batch_size)
+    check_domains(examples.split, batch_size)
   elif batch_size < 1 or drop_last and batch_size > len(examples.split):
     raise DataError(f"batch_size {batch_size} does not suit the {len(examples.split)} images of split {split.name!r}; "
                     f"expected 1..{len(examples.split)}; lower batch_size, or use drop_last=False")
@@ -91,9 +90,7 @@ def eval_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int, 
   if batch_size < 1:
     raise DataError(f"batch_size is {batch_size}; expected at least 1")
   augmentation = preset(augmentation) if isinstance(augmentation, str) else augmentation
-  examples = _without_images(split) if activations else cache_lib.load(
-      split, None if augmentation.random_resized_crop else preprocessing, cache=cache, bad_images=bad_images,
-      progress=progress)
+  examples = _examples(split, preprocessing, augmentation, activations, cache, bad_images, progress)
   return EvalLoader(examples, preprocessing, augmentation, batch_size, seed, workers, activations)
 
 
@@ -196,8 +193,12 @@ def _resized(examples: cache_lib.Examples, augmentation: Augmentation) -> bool:
   return examples.images is not None and not augmentation.random_resized_crop
 
 
-def _without_images(split: Split) -> cache_lib.Examples:
-  return cache_lib.Examples(split, np.arange(len(split), dtype=np.int32), None, ())
+def _examples(split: Split, preprocessing: Preprocessing, augmentation: Augmentation, activations, cache, bad_images,
+              progress) -> cache_lib.Examples:
+  if activations:
+    return cache_lib.Examples(split, np.arange(len(split), dtype=np.int32), None, ())
+  return cache_lib.load(split, None if augmentation.random_resized_crop else preprocessing, cache=cache,
+                        bad_images=bad_images, progress=progress)
 
 
 def _dataset(examples: cache_lib.Examples, rows: np.ndarray | None, pixels: Augment | None, seed: int):
@@ -227,17 +228,6 @@ def _of_every_domain(examples: cache_lib.Examples, domains: np.ndarray, pixels: 
     streams.append(rows.batch(collate.batch_size, batch_fn=collate))
   # Batches of the domains in turn, as many as there are domains at a time.
   return grain.MapDataset.mix(streams).seed(seed).batch(len(streams), batch_fn=concatenate)
-
-
-def _check_domains(split: Split, batch_size: int) -> None:
-  if split.domains is None:
-    raise DataError(f"split {split.name!r} has no domains, and one batch of every domain is asked for; use data with "
-                    "domains, or per_domain=False")
-  domains, counts = np.unique(split.domains, return_counts=True)
-  if not 1 <= batch_size <= counts.min():
-    such = split.keys[np.flatnonzero(split.domains == domains[counts.argmin()])[0]]
-    raise DataError(f"batch_size {batch_size} of every domain does not suit split {split.name!r}, whose smallest "
-                    f"domain (of {such!r}) has {counts.min()} images; expected 1..{counts.min()}; lower batch_size")
 
 
 def _iterate(batches, workers: int, cached: bool) -> Iterator[Batch]:

@@ -4,7 +4,7 @@
     FOLDER/<key>/<site>-<how>-….npy    [N, …], float32, or the bits of bfloat16 as uint16
 
 Files grow by shards of rows. A shard counts once its bytes are on the disk and the header, which is replaced as a
-whole, holds its checksum. So a writer that was killed has lost one shard at most, and what it wrote beyond is cut off.
+whole, holds its checksum. So a writer that was killed has lost one shard at most; what it wrote beyond is overwritten.
 """
 import contextlib
 import hashlib
@@ -176,7 +176,6 @@ class Writer:
     file = open(path, "r+b" if self.done else "wb")
     file.write(start.getvalue())
     file.seek(end)
-    file.truncate()
     return file
 
   def append(self, values: dict[str, np.ndarray]) -> None:
