@@ -80,6 +80,13 @@ def test_layers_compare_tasks_of_different_t_but_not_of_different_layers(runs, l
     analysis.figure("head2toe/layers", report.read([runs, tmp_path / "fewer"]), tmp_path / "out")
 
 
+def test_layers_of_different_networks_are_no_picture(runs, tmp_path, monkeypatch):
+  mixed = [each._replace(backbone="other") if i else each for i, each in enumerate(selected.read(report.read(runs)))]
+  monkeypatch.setattr(selected, "read", lambda rows: mixed)
+  with pytest.raises(ValueError, match="other backbones"):
+    analysis.figure("head2toe/layers", [], tmp_path)
+
+
 # --- Overlap --------------------------------------------------------------------------------------------------------
 
 def test_overlap_is_over_the_smaller_set_and_over_the_union(runs, tmp_path):
@@ -108,8 +115,8 @@ def test_overlap_of_different_layouts_or_backbones_is_refused(runs, leave, tmp_p
 
 def test_given_features_are_those_of_the_adapter(runs, tiny_weights):
   options = analysis.given(runs / "svhn0" / "adapter.safetensors")
-  assert options == {"kept": (0, 1, 2, 63, 64, 127, 128), "source": "vtab/svhn", "sites": SITES, "target_size": 64,
-                     "cls": "normal", "normalisation": "unit", "compat": None}
+  assert options == {"kept": (0, 1, 2, 63, 64, 127, 128), "total": N, "source": "vtab/svhn", "sites": SITES,
+                     "target_size": 64, "cls": "normal", "normalisation": "unit", "compat": None}
   method = methods.build("head2toe_given", tiny_weights.spec, **options)
   trainable, state = method.init(np.zeros(2, np.uint32), {}, 5)
   assert state["kept"].tolist() == list(options["kept"]) and trainable["classifier"]["kernel"].shape == (7, 5)
@@ -155,6 +162,14 @@ def test_given_features_that_cannot_be_are_refused(tiny_spec, kept, found):
     methods.build("head2toe_given", tiny_spec, kept=kept, sites=SITES, target_size=64)
 
 
+@pytest.mark.parametrize("changes", [{"target_size": 128}, {"sites": SITES[:2]}, {"sites": "paper"}])
+def test_indices_of_another_layout_are_refused(tiny_weights, runs, changes):
+  """They would be in range, and be other features."""
+  options = analysis.given(runs / "svhn0" / "adapter.safetensors")
+  with pytest.raises(ValueError, match="kept counts among 144 features and .* has .* with these options; expected"):
+    methods.build("head2toe_given", tiny_weights.spec, **{**options, "kept": (0, 1), **changes})
+
+
 def given_row(target, source, accuracy, seed=0, kept=(1, 2)) -> dict:
   return row(target, seed, accuracy, "head2toe_given", options={**OPTIONS, "kept": list(kept), "source": source})
 
@@ -176,6 +191,11 @@ def test_transfer_refuses_what_it_cannot_place(tmp_path):
     analysis.figure("head2toe/transfer", [row()], tmp_path)
   with pytest.raises(ValueError, match="seed 0 is there twice"):
     analysis.figure("head2toe/transfer", [given_row("vtab/dtd", "vtab/svhn", 0.5)] * 2, tmp_path)
+  own, else_ = (row(task, 0, 0.6, "head2toe", options=OPTIONS) for task in ("vtab/dtd", "vtab/svhn"))
+  for other, message in (({**else_, "backbone_hash": "b1"}, "the runs differ in backbone_hash"),
+                         ({**own, "protocol": "folds"}, "the runs on vtab/dtd differ in protocol")):
+    with pytest.raises(report.Unlike, match=message):
+      analysis.figure("head2toe/transfer", [given_row("vtab/dtd", "vtab/svhn", 0.5), other], tmp_path)
 
 
 # --- What the features are read from --------------------------------------------------------------------------------
@@ -267,6 +287,16 @@ def test_a_mean_over_tasks_is_of_the_same_places_only(tmp_path):
   assert {line[0] for line in table(found[0])[1:]} == {"vtab/dtd", "vtab/svhn"}
   assert remarks == [
       "Head2Toe, mean of 2 tasks: left out, the tasks have runs at different target size T"]
+
+
+def test_a_mean_over_tasks_is_of_alike_ones_only(tmp_path):
+  rows = [at(T, 0.5, task) for T in (512, 8192) for task in ("vtab/dtd", "vtab/svhn")]
+  rows = [{**each, "backbone_hash": "b1"} if each["task"] == "vtab/svhn" else each for each in rows]
+  found, remarks = analysis.figure("head2toe/target_size", rows, tmp_path)
+  assert {line[0] for line in table(found[0])[1:]} == {"vtab/dtd", "vtab/svhn"}
+  assert "mean of 2 tasks: left out, the tasks of Head2Toe differ in backbone_hash" in remarks[0]
+  remarks = analysis.figure("head2toe/target_size", rows, tmp_path, ["backbone_hash"])[1]
+  assert remarks == ["Head2Toe, mean of 2 tasks: 50.0 at 512, 50.0 at 8192"]
 
 
 def test_runs_that_differ_in_more_than_the_curve_shows_are_refused(tmp_path):

@@ -1,11 +1,12 @@
 """`transferlab info --against`: a method's costs beside another one's, parallel heads' too, from shapes alone."""
 import dataclasses
+import functools
 import json
 
 import jax.numpy as jnp
 import pytest
 
-from transferlab import backbones, cli, cost, heads, inform, methods
+from transferlab import backbones, cli, cost, heads, inform, methods, progress
 
 SPEC = dataclasses.replace(backbones.architecture("vit_tiny_test"), depth=1)
 D = SPEC.width
@@ -64,11 +65,34 @@ def test_the_command(monkeypatch, capsys, rows):
   assert json.loads(capsys.readouterr().out) == rows and asked[1][1]["dtype"] is jnp.bfloat16
 
 
+def test_costs_of_a_first_stage_are_called_so(monkeypatch, capsys):
+  numbers = dict.fromkeys(("trainable", "trainable_without_classifier", "forward_flops", "train_flops", "frozen",
+                           "train_peak_bytes", "adapter_bytes"), 1)
+  monkeypatch.setattr(cost, "of", lambda *args, **how: numbers)
+  cli.main(["transferlab", "info", "--backbone=vit_tiny_test", "--method=head2toe"])
+  assert "head2toe: of the first stage" in capsys.readouterr().out
+  cli.main(["transferlab", "info", "--backbone=vit_tiny_test", "--method=linear"])
+  assert "first stage" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", [{}, {"force_terminal": True, "width": 80}, {"force_terminal": True, "width": 30}])
+def test_numbers_are_printed_whole(monkeypatch, capsys, rows, how):
+  """Into a pipe, on an ordinary terminal, and on a narrow one, where cells go on below."""
+  monkeypatch.setattr(inform, "compared", lambda *args, **how: [
+      {**row, "trainable": 303_404_132, "trainable_without_classifier": 4_200_448} for row in rows])
+  monkeypatch.setattr(progress, "Console", functools.partial(progress.Console, no_color=True, **how))
+  cli.main(["transferlab", "info", "--backbone=vit_tiny_test", "--method=inca", "--against=linear"])
+  printed = capsys.readouterr().out
+  assert "…" not in printed and (how.get("width") == 30 or printed.count("4,200,448") == len(rows))
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--against=full"], "--method is missing"), (["--method=linear", "--heads=2"], "--heads is for --against"),
     (["--method=linear", "--against=linear"], "linear is compared with itself"),
     (["--method=linear", "--against=ful"], "method 'ful' is unknown; nearest: full"),
     (["--method=linear", "--against=full", "--cached"], "leave --cached out"),
+    (["--batch_size=0"], "--batch_size is 0; expected 1 or more"), (["--num_classes=0"], "--num_classes is 0"),
+    (["--method=linear", "--against=full", "--heads=-1"], "--heads is -1; expected 0 or more"),
     (["--dtype=half"], "--dtype is 'half'; expected float32 or bfloat16")])
 def test_wrong_flags_are_one_line_errors(capsys, arguments, message):
   with pytest.raises(SystemExit):

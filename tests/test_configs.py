@@ -38,8 +38,8 @@ def texts(path) -> list[str]:
 
 
 def steps(path) -> list[str]:
-  """The arguments whose first step is run: every method in one file; in others, whose recipe is what is left to try, two
-  and the names that the file adds."""
+  """The arguments whose first step is run: every method in one file; two and the file's own names in others, where only
+  the recipe is left to try."""
   tried = ("", "lora", "linear", *getattr(load(path), "NAMES", {}))
   return [text for text in texts(path) if path.stem == "folder" or text.removeprefix("method=") in tried] + [
       f"method={name}" for name in tried if name and name not in methods.METHODS]

@@ -23,7 +23,7 @@ from transferlab.train import fit
 # Of the first block alone: what comes after it is in no program, which makes these quick to compile.
 MEAN = Read("patch", "mean", lambda y, frozen: y.mean(axis=1))
 READS = {"a": Read("block_00/out", "cls", lambda y, frozen: y[:, 0]), "b": MEAN}
-FIRST = {"site": "block_00/out"}  # for `linear`
+FIRST, OF_PATCHES = {"site": "block_00/out"}, {"site": "patch", "tokens": "mean"}  # for `linear`
 
 
 def sealed(task: data.Task) -> data.Task:
@@ -36,12 +36,22 @@ def sealed(task: data.Task) -> data.Task:
   return dataclasses.replace(task, splits={name: of(split) for name, split in task.splits.items()})
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def small():
   """Shards of eight rows, and fingerprints of two images."""
-  monkeypatch.setattr(store_lib, "SHARD", 8)
   whole = data.Split.fingerprint
-  monkeypatch.setattr(data.Split, "fingerprint", lambda split, count=2: whole(split, count))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(store_lib, "SHARD", 8)
+    patch.setattr(data.Split, "fingerprint", lambda split, count=2: whole(split, count))
+    yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, small, tiny_weights, tiny_task):
+  """A cache of `READS` of the task that nobody changes."""
+  path = tmp_path_factory.mktemp("cache")
+  written(path, tiny_weights, tiny_task)
+  return path
 
 
 def written(folder, weights, task, asked=None, reads=READS, **how):
@@ -166,6 +176,7 @@ def test_changed_bytes_are_noticed(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"of": {}}', '{"of": {}, "rows": 21, "shard": 8, "columns": {}}',
                                   '{"of": {"b": 1}, "rows": 20, "shard": 8, "columns": {}}',
                                   '{"of": {}, "rows": 20, "shard": 0, "columns": {}}',
+                                  '{"of": {}, "rows": 20, "shard": 1.5, "columns": {}}',
                                   '{"of": {}, "rows": 20, "shard": 8, "columns": {"a": 3}}'])
 def test_a_damaged_header_is_an_error_that_says_what_to_do(tmp_path, text):
   store = Store(tmp_path, {}, 20, "float32")
@@ -192,8 +203,8 @@ def test_half_written_columns_are_not_read(tmp_path):
 
 # What is kept
 
-def test_kept_is_what_the_backbone_gives(tmp_path, tiny_weights, tiny_task):
-  cache = written(tmp_path, tiny_weights, tiny_task)
+def test_kept_is_what_the_backbone_gives(folder, tiny_weights, tiny_task):
+  cache = features.of_recipe(folder, recipe())
   found = features.Features(cache, tiny_weights, READS, "train", tiny_task.splits["train"])
   apply = backbones.build(tiny_weights.spec).apply
   run = jax.jit(lambda params, images: apply(params, images, record("block_00/out", "patch"), {})[1])
@@ -293,6 +304,12 @@ def test_the_size_is_said_before_and_a_full_disk_is_refused(tmp_path, tiny_weigh
   assert not (tmp_path / "new").exists()
 
 
+def test_a_file_is_no_folder(tmp_path, tiny_weights, tiny_task):
+  (tmp_path / "file").touch()
+  with pytest.raises(ValueError, match="file is a file; expected a folder"):
+    written(tmp_path / "file", tiny_weights, tiny_task)
+
+
 def test_a_disk_that_fills_up_leaves_what_stands(tmp_path, tiny_weights, tiny_task, monkeypatch):
   def full(descriptor):
     raise OSError(28, "No space left on device")
@@ -302,8 +319,8 @@ def test_a_disk_that_fills_up_leaves_what_stands(tmp_path, tiny_weights, tiny_ta
   written(tmp_path, tiny_weights, tiny_task)
 
 
-def test_mapped_is_resident(tmp_path, tiny_weights, tiny_task, monkeypatch):
-  cache = written(tmp_path, tiny_weights, tiny_task)
+def test_mapped_is_resident(folder, tiny_weights, tiny_task, monkeypatch):
+  cache = features.of_recipe(folder, recipe())
   rows = np.array([5, 1, 5])
   make = lambda: features.Features(cache, tiny_weights, READS, "train", tiny_task.splits["train"]).take(rows)
   resident = make()
@@ -314,8 +331,8 @@ def test_mapped_is_resident(tmp_path, tiny_weights, tiny_task, monkeypatch):
 
 
 @pytest.mark.parametrize("limit, resident", [(3 * 40 * 128, True), (3 * 40 * 128 - 1, False)])
-def test_an_accelerator_keeps_what_fills_a_third_of_it(tmp_path, tiny_weights, tiny_task, monkeypatch, limit, resident):
-  cache, real = written(tmp_path, tiny_weights, tiny_task), jax.devices()[0]
+def test_an_accelerator_keeps_what_fills_a_third_of_it(folder, tiny_weights, tiny_task, monkeypatch, limit, resident):
+  cache, real = features.of_recipe(folder, recipe()), jax.devices()[0]
   gpu = namedtuple("Device", "platform memory_stats")("gpu", lambda: {"bytes_limit": limit})
   monkeypatch.setattr(jax, "devices", lambda: [gpu])
   monkeypatch.setattr(jax, "device_put", lambda x, where, put=jax.device_put: put(x, real))
@@ -333,13 +350,13 @@ def of_domains(task):
 
 @pytest.mark.parametrize("how", [{}, {"drop_last": False}, {"label_smoothing": 0.1}, {"reshuffle": False},
                                  {"per_domain": True, "batch_size": 3, "label_smoothing": 0.1}])
-def test_the_order_is_that_of_images(tmp_path, tiny_weights, tiny_task, how):
+def test_the_order_is_that_of_images(folder, tiny_weights, tiny_task, how):
   task, asked = of_domains(tiny_task), recipe(batch_size=12, **how) if "batch_size" not in how else recipe(**how)
   streamed = recipes.train_loader(asked, task, tiny_weights.preprocessing)
-  kept, by_name = features.loaders(tmp_path, tiny_weights, READS, task, asked, quiet=True)
+  kept, by_name = features.loaders(folder, tiny_weights, READS, task, asked, quiet=True)
   for attribute in ("steps_per_epoch", "rows_per_step", "problems"):
     assert getattr(kept, attribute) == getattr(streamed, attribute)
-  stored = features.Features(features.of_recipe(tmp_path, asked), tiny_weights, READS, "train", task.splits["train"])
+  stored = features.Features(features.of_recipe(folder, asked), tiny_weights, READS, "train", task.splits["train"])
   for number in range(2 * streamed.steps_per_epoch + 1):
     a, b = next(streamed), next(kept)
     assert_rows(a, b)
@@ -383,6 +400,15 @@ def test_views_are_augmented_copies_that_epochs_take_in_turn(tmp_path, tiny_weig
       assert np.array_equal(batch["activations"]["b"], views[epoch % 2][batch["index"]])
 
 
+def test_a_split_is_evaluated_as_it_is_whatever_its_name(tmp_path, tiny_weights, tiny_task):
+  asked = recipe(augmentation="flip", views=2, duration="1 epochs")
+  def val(name):
+    own = dataclasses.replace(tiny_task.splits["val"], name=name)
+    task = dataclasses.replace(tiny_task, splits={"train": tiny_task.splits["train"], "val": own})
+    return fit(tiny_weights, "linear", task, asked, options=FIRST, features=tmp_path, quiet=True).result["val"]
+  assert val("train") == val("val")
+
+
 # When there is none
 
 @pytest.mark.parametrize("method, how, message", [
@@ -401,7 +427,7 @@ def test_refusals_come_before_anything_is_read(tmp_path, tiny_weights, tiny_task
 
 @pytest.mark.parametrize("how", [{"augmentation": "flip", "views": 2}, {"cache_dtype": "bfloat16"}])
 def test_views_and_types_are_those_of_a_cache(tiny_weights, tiny_task, how):
-  with pytest.raises(ValueError, match="which belong to a cache; give its folder as features"):
+  with pytest.raises(ValueError, match="belong to a cache, and linear trains from images"):
     fit(tiny_weights, "linear", tiny_task, recipe(**how), quiet=True)
 
 
@@ -440,20 +466,19 @@ def near(a, b):
       assert value == pytest.approx(b[name], rel=1e-6, abs=1e-6), name
 
 
-def test_the_backbone_is_in_no_program(tmp_path, tiny_weights, tiny_task):
-  linear = methods.build("linear", tiny_weights.spec, **FIRST)
+def test_the_backbone_is_in_no_program(folder, tiny_weights, tiny_task):
+  linear = methods.build("linear", tiny_weights.spec, **OF_PATCHES)
   broken = tiny_weights._replace(params=None)  # of no use to who has its activations
-  written(tmp_path, tiny_weights, tiny_task, reads=linear.reads)
   linear = linear._replace(init=lambda rng, frozen, C: methods.build("linear", tiny_weights.spec).init(
       rng, tiny_weights.params, C))
-  stage = train.Stage(linear, broken, tiny_task, recipe(duration="2 steps"), None, 0, True, tmp_path).train()
+  stage = train.Stage(linear, broken, tiny_task, recipe(duration="2 steps"), None, 0, True, folder).train()
   assert stage.frozen == {} and stage.total == 2
 
 
 def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, tiny_weights, tiny_task, monkeypatch):
   asked = recipe(duration="12 steps", checkpoint_every="5 steps", augmentation="flip", views=2)
   def run(name):
-    return fit(tiny_weights, "linear", tiny_task, asked, options=FIRST, workdir=tmp_path / name,
+    return fit(tiny_weights, "linear", tiny_task, asked, options=OF_PATCHES, workdir=tmp_path / name,
                features=tmp_path / "cache", quiet=True)
   whole, step, calls = run("whole"), features.Features.take, []
   def dies(kept, rows, view=0):
@@ -476,8 +501,7 @@ def test_bfloat16_is_near_and_stands_in_the_protocol(tmp_path, tiny_weights, tin
   task = dataclasses.replace(tiny_task, splits={name: tiny_task.splits[name] for name in ("train", "val")})
   exact = written(tmp_path, tiny_weights, task, reads={"features": MEAN})
   asked = recipe(cache_dtype="bfloat16", duration="2 steps")
-  result = fit(tiny_weights, "linear", task, asked, options={"site": "patch", "tokens": "mean"}, features=tmp_path,
-               quiet=True).result
+  result = fit(tiny_weights, "linear", task, asked, options=OF_PATCHES, features=tmp_path, quiet=True).result
   assert result["protocol"].startswith("activations in bfloat16; ") and result["cached"]["dtype"] == "bfloat16"
   rows = [features.Features(cache, tiny_weights, {"features": MEAN}, "val", task.splits["val"]).take(
       np.arange(10))["features"] for cache in (exact, features.of_recipe(tmp_path, asked))]
@@ -494,13 +518,13 @@ def test_a_stage_that_writes_trains_from_images(tmp_path, tiny_weights, tiny_tas
   assert not any(tmp_path.iterdir())
 
 
-def test_the_test_split_is_evaluated_once_at_the_end(tmp_path, tiny_weights, tiny_task, monkeypatch):
+def test_the_test_split_is_evaluated_once_at_the_end(folder, tiny_weights, tiny_task, monkeypatch):
   opened, init = [], features.Features.__init__
   def note(kept, cache, weights, reads, name, split):
     opened.append(name)
     init(kept, cache, weights, reads, name, split)
   monkeypatch.setattr(features.Features, "__init__", note)
-  fit(tiny_weights, "linear", tiny_task, recipe(), options=FIRST, features=tmp_path, quiet=True)
+  fit(tiny_weights, "linear", tiny_task, recipe(), options=OF_PATCHES, features=folder, quiet=True)
   assert opened == ["train", "val", "test"]
 
 
@@ -515,7 +539,7 @@ def test_unreadable_images_are_left_out_or_stop(tmp_path, tiny_weights, tiny_tas
   with pytest.raises(BadImage, match="1 of 40 images"):
     fit(tiny_weights, "linear", task, recipe(), features=tmp_path, quiet=True)
   for _ in range(2):  # written, then found
-    result = fit(tiny_weights, "linear", task, asked, options=FIRST, features=tmp_path, quiet=True).result
+    result = fit(tiny_weights, "linear", task, asked, options=OF_PATCHES, features=tmp_path, quiet=True).result
     assert result["examples"]["train"] == 39 and "without 1 unreadable train images" in result["protocol"]
 
 

@@ -170,6 +170,7 @@ def test_keeping_everything_needs_no_selection(tiny_spec):
     ("head2toe", (0.1, 0.1), "fraction 0.1 is there twice"),
     ("head2toe", (0.1, "0.2"), "fraction '0.2' is no number"),
     ("head2toe", (0.1, 1e-4), "fraction 0.0001 keeps 0 of 208 features; expected 1 to 208"),
+    ("head2toe", (0.1, float("inf")), "fraction inf is no number"), ("head2toe", float("nan"), "fraction nan is no"),
     ("head2toe_layers", 2.0, "fraction 2.0 keeps 416 of 208"),
     ("head2toe_ft", (0.1, 0.2), "option 'fraction' of method 'head2toe_ft' is (0.1, 0.2); expected float")])
 def test_wrong_fractions_are_one_line_errors(tiny_spec, name, fraction, message):

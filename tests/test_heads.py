@@ -461,7 +461,8 @@ def test_the_mean_over_domains_decides_where_it_shall():
 
 # --- Sites along K ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, key, options", [("linear", "site", {"tokens": "mean"}), ("inca", "sites", {})])
+@pytest.mark.parametrize("name, key, options", [
+    ("linear", "site", {"tokens": "mean"}), pytest.param("inca", "sites", {}, marks=pytest.mark.full)])
 def test_the_site_varies(name, key, options):
   """Logits, loss and gradient are those of the method on that site alone."""
   single = [methods.build(name, TINY, **{key: f"block_0{i}/out"}, **options) for i in (0, 2)]

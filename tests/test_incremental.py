@@ -229,7 +229,7 @@ def test_a_finished_protocol_is_returned_and_another_one_refused(small, task, le
     ({"steps": 1}, "steps is 1; expected 2 to 3 for 6 classes: every step needs two"),
     ({"steps": 4}, "steps is 4; expected 2 to 3"),
     ({"steps": 6, "over": "all"}, "steps is 6; expected 2 to 5 for 6 classes: the first needs two"),
-    ({"over": "old"}, "over is 'old'; expected one of new, all"),
+    ({"over": "old"}, "over is 'old'; expected one of new, all"), ({"order_seed": -1}, "order_seed is -1; expected 0"),
     ({"split": "val"}, "split is 'val' and 'colours' has train, test"),
     ({"split": "train"}, "split is 'train'"),
     ({"recipe": dataclasses.replace(ASKED, views=2)}, "views is 2 and .* belong to a cache"),

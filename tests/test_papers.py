@@ -140,6 +140,10 @@ def test_remarks_say_what_ours_are():
   text = "\n".join(table.remarks)
   assert "ours, Head2Toe: backbone vit; image_size 224; options.target_size 512; options.fraction 0.01" in text
   assert "2 runs of other methods or tasks are left out" in text
+  mixed = [row("vtab/dtd", 0, 0.5, "linear", options={}), row("vtab/svhn", 0, 0.5, "all_features", options={
+      "sites": "pooled", "penalty": "none"})]
+  table, = papers.tables("head2toe/vit_b16", mixed)
+  assert any("ours, Linear: " in each and "registered linear, all_features" in each for each in table.remarks)
   assert "Head2Toe lacks vtab/cifar100" in text
 
 
@@ -157,7 +161,9 @@ def test_unlike_runs_are_shown_and_not_averaged():
 
 
 @pytest.mark.parametrize("method, options, name", [
-    ("linear", {"site": "pooled"}, "Linear"), ("all_features", {"sites": "pooled", "penalty": "none"}, "Linear"),
+    ("linear", {"site": "pooled"}, "Linear"), ("linear", {"site": "block_05/out"}, None),
+    ("all_features", {"sites": "pooled", "penalty": "l21"}, None),
+    ("all_features", {"sites": "pooled", "penalty": "none"}, "Linear"),
     ("all_features", {"sites": ["pooled"], "penalty": "none"}, "Linear"),
     ("all_features", {"sites": "paper", "penalty": "l2"}, "+All-l2"),
     ("all_features", {"sites": "paper", "penalty": "l1"}, "+All-l1"),
@@ -173,11 +179,11 @@ def test_runs_are_called_as_the_slides_call_them(method, options, name):
 def test_a_method_that_a_sweep_chose_is_head2toe_ft_plus(tmp_path):
   (tmp_path / "final" / "seed_0").mkdir(parents=True)
   ours = {"method": "head2toe_ft", "options": {"sites": "paper"}, "path": str(tmp_path / "final" / "seed_0")}
-  for text, name in (('{"values": {"optim.lr": 0.1}}', "Head2Toe-FT"), ('{"values": {"method": "head2toe_ft"}}',
-                     "Head2Toe-FT+"), ("[]", "Head2Toe-FT"), ("{", "Head2Toe-FT")):
-    (tmp_path / "best.json").write_text(text)
+  ledger = lambda *names: "".join(json.dumps({"method": name}) + "\n" for name in names)
+  for text, name in ((ledger("head2toe_ft"), "Head2Toe-FT"), ("[]", "Head2Toe-FT"), ("{", "Head2Toe-FT"), (
+      ledger("head2toe", "head2toe_ft", "linear"), "Head2Toe-FT"), (ledger("head2toe", "head2toe_ft"), "Head2Toe-FT+")):
+    (tmp_path / "sweep.jsonl").write_text(text)
     assert head2toe.called(ours) == name
-  (tmp_path / "best.json").write_text('{"values": {"method": "head2toe"}}')
   assert head2toe.called({**ours, "method": "head2toe"}) == "Head2Toe-FT+"
   assert head2toe.called({**ours, "path": str(tmp_path / "other" / "seed_0")}) == "Head2Toe-FT"
 

@@ -1,14 +1,16 @@
 """Sweeps: the grid and its groups, folds, the ledger, the choice on validation alone, and the final runs."""
 import json
 
+import jax
 import numpy as np
 import pytest
 from engine import contents, write_images
 
-from transferlab import choice, cli, data, experiment, grid, sweep
+from transferlab import choice, cli, data, devices, experiment, grid, methods, sweep
 from transferlab.backbones.weights import save_weights
 from transferlab.data.entries import Entry, Source
 from transferlab.heads import Score
+from transferlab.method import sizes
 
 CONFIG = '''
 from transferlab.experiment import arguments, defaults
@@ -123,6 +125,17 @@ def test_a_group_knows_what_each_head_varies(place, tiny_weights):
   assert [method.options["site"] for method in probes.sites] == ["pooled", "block_00/out"]
 
 
+def test_the_method_of_a_point_is_that_of_its_image_size(place):
+  points = grid.points(config(place, "all_features", **{"options.sites": "block_00/out", "options.target_size": 640}),
+                       {"image_size": [16, 32]})
+  weights = [experiment.weights_of(point.experiment) for point in points]
+  assert weights[0].hash == weights[1].hash
+  for group in grid.group(points, weights, 3):
+    method = methods.build("all_features", group.weights.spec, **points[0].options)
+    width = lambda made, own=group: sizes(made, own.weights.params, 3).trainable
+    assert {width(made) for made in group.methods.values()} == {width(method)}
+
+
 def test_folds_deal_out_every_class_evenly():
   labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [23, 11, 7]))
   names = ("a", "b", "c")
@@ -139,6 +152,13 @@ def test_folds_that_cannot_be_cut_are_refused(count, message):
   with pytest.raises(data.DataError, match=message):
     data.folds(np.array([0, 0, 0, 1, 1]), count, ("a", "b"))
   assert data.folds(np.array([0, 0, 0, 1, 1]), 3, ("a", "b"), contiguous=True).tolist() == [0, 0, 1, 1, 2]
+
+
+def test_contiguous_folds_of_images_sorted_by_class_are_refused():
+  with pytest.raises(data.DataError, match="100% of the 5 images of fold 0 are of classes that no other fold has"):
+    data.folds(np.repeat([0, 1, 2], 5), 3, ("a", "b", "c"), contiguous=True)
+  rare = np.array([0, 1, 2, 3, 0, 1, 4, 0])  # published subsets have classes of one image
+  assert data.folds(rare, 2, ("a", "b", "c", "d", "e"), contiguous=True).tolist() == [0] * 4 + [1] * 4
 
 
 def test_the_best_score_wins_then_the_lower_loss_then_the_earlier_point(place, tmp_path, heads):
@@ -186,6 +206,15 @@ def test_domains_count_alike_where_the_recipe_says_so(place, tmp_path, heads):
   assert (outcome.criterion, outcome.best.values, outcome.best.score) == ("mean_over_domains", {"optim.lr": 0.1}, 0.9)
 
 
+@pytest.mark.parametrize("means, score", [((0.25, None), (0.25 + 0.5) / 2), ((None, 0.25), (0.5 + 0.25) / 2),
+                                          ((None, None), 0.5)])
+def test_a_fold_of_one_domain_counts_by_its_accuracy(means, score):
+  found = choice.over_folds([choice.plain(Score(0.5, 1.0, mean, 6, 6)) for mean in means], "mean_over_domains")
+  assert found == {"accuracy": 0.5, "loss": 1.0, "mean_over_domains": score, "examples": 12}
+  by_accuracy = choice.over_folds([choice.plain(Score(0.5, 1.0, mean, 6, 6)) for mean in means], "accuracy")
+  assert by_accuracy == {"accuracy": 0.5, "loss": 1.0, "examples": 12}
+
+
 def test_the_choice_is_a_point_and_a_member(place, tmp_path, heads, monkeypatch):
   heads.score = lambda head, method: {site: Score(head.lr + (site == "block_01/out"), 1.0, None, 6, 6)
                                       for site in method.reads}
@@ -224,6 +253,34 @@ def test_an_interrupted_sweep_goes_on_where_its_ledger_ends(place, tmp_path, hea
   assert again.candidates == whole.candidates and plain(again) == plain(whole)
 
 
+def test_a_point_that_lost_a_member_s_row_is_trained_again(place, tmp_path, heads):
+  heads.score = lambda head, method: {"0.1": Score(0.5, 1.0, None, 6, 6), "0.4": Score(0.75, 1.0, None, 6, 6)}
+  values, own = {"options.fraction": ["(0.1,0.4)"], "optim.lr": [0.1, 0.2]}, config(place, "head2toe")
+  best = chosen(place, tmp_path, values, config=own).best
+  ledger = tmp_path / "sweep" / "sweep.jsonl"
+  ledger.write_text("".join(line + "\n" for line in ledger.read_text().splitlines() if '"0.4"' not in line))
+  again = chosen(place, tmp_path, values, config=own)
+  assert again.best == best and len(again.candidates) == 4 and [len(call) for call in heads.calls] == [2, 2]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_scores_of_other_pixels_under_the_same_names_are_not_taken_up(place, tmp_path, heads, split):
+  parts = {name: write_images(tmp_path / "parts" / name, count=8) for name in ("train", "val")}
+  own = config(place, data=f"folder:{tmp_path / 'parts'}")
+  chosen(place, tmp_path, {"optim.lr": [0.1]}, config=own)
+  write_images(parts[split], count=8, seed=7)
+  with pytest.raises(ValueError, match="another configuration .*pixels"):
+    chosen(place, tmp_path, {"optim.lr": [0.1]}, config=own)
+
+
+def test_a_sweep_that_goes_on_where_another_type_is_computed_in_mixes_nothing(place, tmp_path, heads, monkeypatch):
+  one = chosen(place, tmp_path, {"optim.lr": [0.1]})
+  monkeypatch.setattr(devices, "compute_dtype", lambda name: jax.numpy.bfloat16)
+  two = chosen(place, tmp_path, {"optim.lr": [0.1, 0.2]})
+  assert [len(call) for call in heads.calls] == [1, 2]
+  assert {row["dtype"] for row in one.rows} == {"float32"} and {row["dtype"] for row in two.rows} == {"bfloat16"}
+
+
 def test_chunks_are_noted_as_they_end(place, tmp_path, heads):
   seen, heads.chunk = [], 3
   score = heads.score
@@ -260,11 +317,24 @@ def test_another_sweep_in_the_same_folder_is_refused_with_the_differences(place,
 
 @pytest.mark.parametrize("how, message", [
     ({"folds": 7}, "class 'ant' has 6 training images, fewer than 7 folds"), ({"folds": 1}, "folds is 1"),
-    ({"seeds": (1, 1)}, "expected different whole numbers")])
+    ({"seeds": (1, 1)}, "expected different whole numbers"), ({"seeds": (2**32,)}, "from 0 to 4294967295")])
 def test_requests_that_cannot_be_met_stop_before_anything_is_written(place, tmp_path, heads, how, message):
   with pytest.raises(ValueError, match=message):
     chosen(place, tmp_path, {"optim.lr": [0.1]}, **how)
   assert not heads.calls and not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("values, changes, cache, message", [
+    ({"optim.lr": [0.1]}, {"cache_dtype": "bfloat16"}, False, "belong to a cache, and linear trains from images"),
+    ({"optim.lr": [0.1]}, {"views": 2, "augmentation": "flip"}, False, "views is 2 .* belong to a cache"),
+    ({"method": ["linear", "lora"]}, {"cache_dtype": "bfloat16"}, True, "and lora trains from images"),
+    ({"augmentation": ["none", "flip"]}, {}, True, "augmentation 'flip' is random")])
+def test_what_a_group_cannot_have_of_the_cache_stops_before_any_trains(place, tmp_path, heads, values, changes, cache,
+                                                                       message):
+  own = config(place, **changes, features=str(tmp_path / "cache") if cache else "")
+  with pytest.raises(ValueError, match=message):
+    chosen(place, tmp_path, values, config=own)
+  assert not heads.calls and not list(tmp_path.iterdir())
 
 
 def test_without_a_split_to_choose_on_folds_are_asked_for(place, tmp_path, heads):
@@ -352,7 +422,7 @@ def test_a_method_that_writes_is_swept_from_images_beside_one_that_reads(place, 
 def test_command_sweeps_with_the_grid_of_the_config_file(place, tmp_path, heads, capsys):
   flags = [f"--config={place / 'config.py'}:data=folder:{place / 'images'},backbone={place / 'tiny.safetensors'}",
            f"--workdir={tmp_path / 'sweep'}", "--config.duration=2 steps"]
-  cli.main(["transferlab", "sweep", *flags, "--seeds=0,1", "--final=phase=final", "--folds=2", "--contiguous"])
+  cli.main(["transferlab", "sweep", *flags, "--seeds=0,1", "--final=phase=final", "--folds=2"])
   out, err = capsys.readouterr()
   assert "2 grid points in 1 group, 2 to train, 2 folds: 4 heads" in err
   assert "chosen" in out and "block_01/out" in out and "± " in out
@@ -360,6 +430,9 @@ def test_command_sweeps_with_the_grid_of_the_config_file(place, tmp_path, heads,
   assert [row["recipe"]["select"] for row in rows] == ["last", "last"]
   cli.main(["transferlab", "report", str(tmp_path / "sweep")])
   assert "± " in capsys.readouterr().out
+  with pytest.raises(SystemExit):
+    cli.main(["transferlab", "sweep", *flags, "--folds=2", "--contiguous"])
+  assert "of classes that no other fold has, since the images are sorted by class" in capsys.readouterr().err
   with pytest.raises(SystemExit):
     cli.main(["transferlab", "sweep", *flags, "--grid=optim.lrr=1", "--nofinal"])
   assert capsys.readouterr().err == ("error: config has no key 'optim.lrr'; nearest: optim.lr, optim.clip, "

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from transferlab.files import atomic, write_json
+from transferlab.progress import show_table
 from transferlab.workdir import Workdir
 
 
@@ -36,7 +36,8 @@ class Candidate(NamedTuple):
 class Ledger:
   """`sweep.jsonl` in a folder that belongs to one sweep; another one is refused with the differences.
 
-  Rows of a grid point come and go together, and are found by the hash of everything that was asked of the point.
+  Rows of a grid point come and go together, and are found by the hash of everything that was asked of the point; a
+  point of which a row is gone is trained again.
   """
 
   def __init__(self, path, asked: dict):
@@ -50,6 +51,7 @@ class Ledger:
       except (ValueError, KeyError, TypeError):
         raise ValueError(f"{self.path} line {number} is no row of a sweep; delete the line, its point is then trained "
                          "again") from None
+    self.rows = {key: rows for key, rows in self.rows.items() if len(rows) == rows[0].get("member_count")}
 
   def begin(self) -> None:
     """Takes the folder."""
@@ -84,9 +86,12 @@ def plain(score: NamedTuple) -> dict:
   return {name: None if broken and isinstance(value, float) else value for name, value in found.items()}
 
 
-def over_folds(scores: Sequence[dict]) -> dict:
-  """A point's score, of those of its folds: each fold counts the same."""
-  means = {name: mean([score[name] for score in scores]) for name in scores[0] if name not in ("step", "examples")}
+def over_folds(scores: Sequence[dict], criterion: str) -> dict:
+  """A point's score, of those of its folds: each fold counts the same. Where domains decide, a fold whose rows are all
+  of one domain has that one's accuracy as its mean over domains."""
+  filled = [{criterion: score["accuracy"], **score} for score in scores]
+  means = {name: mean([score[name] for score in filled]) for name in filled[0]
+           if name not in ("step", "examples") and all(name in score for score in filled)}
   return {**means, "examples": sum(score["examples"] for score in scores)}
 
 
@@ -129,6 +134,6 @@ def show(found: Sequence[Candidate], criterion: str, title: str, count: int = 10
   for place, candidate in enumerate(found[:count]):
     table.add_row("chosen" if not place else str(place + 1), *(value(candidate.values[key]) for key in keys),
                   *[escape(candidate.member)] * members, number(candidate.score), number(candidate.loss))
-  Console().print(table)
+  show_table(table)
   if len(found) > count:
     print(f"and {len(found) - count} more, all in sweep.jsonl")

@@ -139,10 +139,10 @@ def group(points: Sequence[Point], weights: Sequence[Weights], num_classes: int)
   """
   built, groups = {}, {}
   for number, (point, own) in enumerate(zip(points, weights)):
-    text = json.dumps([own.hash, point.experiment.method, point.options], sort_keys=True)
-    if text not in built:
-      built[text] = methods.build(point.experiment.method, own.spec, **point.options)
-    method = built[text]
+    same = own.spec, own.hash, point.experiment.method, json.dumps(point.options, sort_keys=True)
+    if same not in built:
+      built[same] = methods.build(point.experiment.method, own.spec, **point.options)
+    method = built[same]
     groups.setdefault(_shared(point, method, own, num_classes), []).append((number, method, own))
   return [_joined(key, members) for key, members in groups.items()]
 

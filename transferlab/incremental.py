@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from transferlab import data, experiment, methods, serve
@@ -32,7 +31,7 @@ from transferlab.files import write_json
 from transferlab.method import Method
 from transferlab.methods.growing import OVER, grow, join
 from transferlab.methods.inca import keep_classes
-from transferlab.progress import say
+from transferlab.progress import say, show_table
 from transferlab.recipe import Recipe
 from transferlab.train import Stage, fit, readable, request
 from transferlab.tree import nearest
@@ -64,6 +63,8 @@ def learn(weights: Weights, task: data.Task, recipe: Recipe, steps: int, workdir
   began, folder, tell = time.monotonic(), Path(workdir), (lambda message: None) if quiet else say
   whole, method = task, methods.build("open_inca", weights.spec, **(options or {}))
   _check(task, recipe, steps, over, split)
+  if order_seed < 0:
+    raise ValueError(f"order_seed is {order_seed}; expected 0 or more")
   recipe = dataclasses.replace(recipe, select="last")
   task = readable(task, recipe.bad_images, tell, quiet)
   asked = {**request(weights, method.name, method.options, task, recipe, whole), "steps": steps,
@@ -253,7 +254,7 @@ def show(result: dict[str, Any]) -> None:
     cells = [*map(percent, row), *[""] * (result["steps"] - len(row))]
     table.add_row(str(k + 1), str(classes[k]), *cells, percent(seen))
   table.add_row("among own", "", *map(percent, result["own"]), "")
-  Console().print(table)
+  show_table(table)
   joint = "" if result["joint"] is None else f"   joint training {result['joint']:.4f}"
   print(f"average {result['average']:.4f}   last {result['last']:.4f}   forgetting {result['forgetting']:.4f}{joint}\n"
         f"{result['protocol']}")

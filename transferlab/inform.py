@@ -58,7 +58,8 @@ def options(text: str) -> dict:
 
 def costs(spec, method: str | None, method_options: dict, num_classes: int, *, batch_size: int = 32,
           remat: bool = False, cached: bool = False, dtype=jnp.float32) -> list[dict]:
-  """A row per method, see `cost.of`; all methods that fit, with their defaults, if `method` is None."""
+  """A row per method, see `cost.of`; all methods that fit, with their defaults, if `method` is None. A row with
+  "first_stage" is of the first of several stages; the adapter that is saved is of the last."""
   if method is None and method_options:
     raise ValueError("options belong to one method; give --method")
   names = [method] if method else [name for name in methods.METHODS if methods.fits(name, spec)]
@@ -68,7 +69,8 @@ def costs(spec, method: str | None, method_options: dict, num_classes: int, *, b
   elif cached:
     built = {name: each for name, each in built.items() if features.cacheable(each, spec)}
   row = lambda each: cost.of(spec, each, num_classes, batch_size=batch_size, remat=remat, cached=cached, dtype=dtype)
-  return [{"method": name, "backbone": spec.name, **row(each)} for name, each in built.items()]
+  stage = lambda each: {"first_stage": True} if each.then else {}
+  return [{"method": name, "backbone": spec.name, **row(each), **stage(each)} for name, each in built.items()]
 
 
 def compared(spec, method: str, method_options: dict, num_classes: int, against: str, *, count: int = 0,

@@ -1,16 +1,32 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
+"""What the user sees: progress of long work, a bar on a terminal, a plain line now and then elsewhere; and tables."""
 import sys
 import time
 
+from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 LINE_EVERY = 10.0  # seconds between plain lines
+WIDE = 200  # columns of text where nothing says how many there are, a pipe or a file
 
 
 def say(message: str) -> None:
   """A line for the user, on standard error so that tables and CSV on standard output stay clean."""
   print(message, file=sys.stderr, flush=True)
+
+
+def show_table(table: Table) -> None:
+  """Prints a table on standard output. On a narrow terminal it loses its frame, and cells that are still too long go on
+  below, so that no digit is lost."""
+  console = Console()
+  console = console if console.is_terminal else Console(width=WIDE)
+  if Measurement.get(console, console.options.update(max_width=10 * WIDE), table).maximum > console.width:
+    table.box, table.padding, table.show_edge = box.SIMPLE, 0, False
+  for column in table.columns:
+    column.overflow = "fold"
+  console.print(table)
 
 
 class Progress:

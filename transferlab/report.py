@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from transferlab import config, data, metrics
+from transferlab.progress import show_table
 from transferlab.tree import nearest
 
 # What rows of one task and method share; only the seed, and what it draws, may differ.
@@ -131,7 +131,7 @@ def show(found: Report, title: str) -> None:
   table.add_section()
   for name in dict.fromkeys(name for averages in found.averages.values() for name in averages):
     table.add_row(name, *(f"{averages[name]:.4f}" if name in averages else "" for averages in found.averages.values()))
-  Console().print(table)
+  show_table(table)
   for remark in found.remarks:
     print(f"remark: {remark}")
 

@@ -72,8 +72,9 @@ def run(config, grid: Mapping[str, Sequence], workdir, *, folds: int = 0, contig
     ValueError: about the request, before the first step; that every candidate diverged; that the final runs are there
       and of another choice, which a smaller grid made: their folder has to be deleted.
   """
-  if len(set(seeds)) != len(seeds) or min(seeds, default=0) < 0:
-    raise ValueError(f"seeds are {list(seeds)}; expected different whole numbers, such as 0, 1, 2")
+  if len(set(seeds)) != len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
+    raise ValueError(f"seeds are {list(seeds)}; expected different whole numbers from 0 to {2**32 - 1}, such as "
+                     "0, 1, 2")
   tell = (lambda message: None) if quiet else say
   sweep = Sweep(config, grid_lib.points(config, grid), folds, contiguous, quiet)
   ledger = Ledger(workdir, sweep.asked)
@@ -112,20 +113,25 @@ class Sweep:
     self.task, whole = opened(first, self.recipe, bool(folds), self.tell, quiet)
     train = self.task.splits["train"]
     self.folds, how = None, {"folds": folds}
-    if folds:
+    if not folds:
+      how["val_pixels"] = self.task.splits["val"].fingerprint()
+    else:
       how |= {"contiguous": contiguous, "fold_seed": self.recipe.seed}
       self.folds = data.folds(train.labels, folds, self.task.class_names, seed=self.recipe.seed, contiguous=contiguous)
     sources = [dataclasses.replace(point.experiment, method="") for point in points]
     weights = {source: experiment.weights_of(source) for source in dict.fromkeys(sources)}
     check_arguments(weights[sources[0]], self.task, self.tell)
     self.groups = grid_lib.group(points, [weights[source] for source in sources], len(self.task.class_names))
+    for group in self.groups:
+      self.check(group)
     methods = {number: method for group in self.groups for number, method in group.methods.items()}
     base = {source: request(each, "", {}, self.task, self.recipe, whole) for source, each in weights.items()}
     on = lambda recipe: f"{folds} {'contiguous' if contiguous else 'stratified'} folds of train" if folds else (
         f"{recipe.select} on val")
     asked = [{**base[source], **how, "method": methods[number].name, "options": methods[number].options,
               "protocol": "; ".join(filter(None, (base[source]["protocol"], on(points[number].recipe)))),
-              "recipe": dataclasses.asdict(points[number].recipe)} for number, source in enumerate(sources)]
+              "recipe": dataclasses.asdict(points[number].recipe), "dtype": computed_in(points[number].recipe)}
+             for number, source in enumerate(sources)]
     self.rows = json.loads(json.dumps(asked))
     self.hashes = [choice.point_hash(row) for row in self.rows]
     if len(set(self.hashes)) < len(points):
@@ -167,32 +173,42 @@ class Sweep:
       seconds = round((time.monotonic() - clock) / len(whole), 2)
       own = lambda place: scores[place * each:(place + 1) * each]
       ledger.add([row for place, number in enumerate(whole, done)
-                  for row in self.rows_of(number, group, own(place), recipe, seconds)])
+                  for row in self.rows_of(number, group, own(place), seconds)])
       clock, done = time.monotonic(), done + len(whole)
 
-    loaders = self.loaders(method, group.weights, recipe)
+    loaders = self.loaders(group, method, recipe)
     train_heads(method, group.weights, self.task, recipe, heads, folds=self.folds, loaders=loaders,
                 keep_trainables=False, finished=finished, quiet=self.quiet)
 
-  def loaders(self, method, weights, recipe: Recipe):
-    """Batches of cached activations; None without a cache, or for a method of which a stage writes."""
-    reads = lambda: all(features.cacheable(stage, weights.spec) for stage in grid_lib.stages(method, weights))
-    if not self.features or not reads():
+  def cached(self, group: grid_lib.Group) -> bool:
+    """Whether a group trains from a cache: not without one, nor by a method of which a stage writes."""
+    return bool(self.features) and all(features.cacheable(stage, group.weights.spec)
+                                       for stage in grid_lib.stages(group.sites[0], group.weights))
+
+  def check(self, group: grid_lib.Group) -> None:
+    """Raises `ValueError` where a group cannot train as it is asked to, from the cache or without."""
+    recipe = self.points[next(iter(group.methods))].recipe
+    if self.cached(group):
+      features.check(group.sites[0], group.weights.spec, recipe)
+    else:
+      features.check_without(group.sites[0], recipe)
+
+  def loaders(self, group: grid_lib.Group, method, recipe: Recipe):
+    """Batches of cached activations; None for a group that trains without."""
+    if not self.cached(group):
       return None
-    features.check(method, weights.spec, recipe)
+    weights = group.weights
     return features.loaders(self.features, weights, method.reads, self.task, recipe,
                             evaluate=("val" if self.folds is None else "train",), quiet=self.quiet)
 
-  def rows_of(self, number: int, group: grid_lib.Group, scores: list[dict[str, Score]], recipe: Recipe, seconds: float
-              ) -> list[dict]:
+  def rows_of(self, number: int, group: grid_lib.Group, scores: list[dict[str, Score]], seconds: float) -> list[dict]:
     """A ledger row for each member of a point, from the scores of its folds."""
     by_fold = {member: [choice.plain(score[member]) for score in scores] for member in scores[0]}
     return [{
         **self.rows[number], "point_hash": self.hashes[number], "values": self.points[number].values,
-        "member": member, "test": None, "seed": self.points[number].recipe.seed,
-        "val": choice.over_folds(found), "by_fold": found, "group": group.name, "seconds": seconds,
-        "dtype": jax.numpy.dtype(devices.compute_dtype(recipe.dtype)).name, "device": jax.devices()[0].device_kind,
-        "versions": versions(),
+        "member": member, "member_count": len(by_fold), "test": None, "seed": self.points[number].recipe.seed,
+        "val": choice.over_folds(found, self.criterion), "by_fold": found, "group": group.name, "seconds": seconds,
+        "device": jax.devices()[0].device_kind, "versions": versions(),
     } for member, found in by_fold.items()]
 
   def changes(self, chosen: Candidate) -> dict:
@@ -206,6 +222,11 @@ class Sweep:
                          "add them to the method")
       changes |= {f"options.{name}": value for name, value in last.member_options(chosen.member).items()}
     return changes if features.cacheable(method, group.weights.spec) else {**changes, "features": ""}
+
+
+def computed_in(recipe: Recipe) -> str:
+  """The type that a backbone computes in on this machine: a sweep that goes on elsewhere does not mix two."""
+  return jax.numpy.dtype(devices.compute_dtype(recipe.dtype)).name
 
 
 def opened(source: experiment.Experiment, recipe: Recipe, folds: bool, tell, quiet: bool

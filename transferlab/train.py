@@ -68,9 +68,8 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   if features:
     features_lib.check(first, weights.spec, recipe)
     task = features_lib.verified(features, weights, first.reads, task, recipe)
-  elif recipe.views or recipe.cache_dtype != "float32":
-    raise ValueError(f"views is {recipe.views} and cache_dtype {recipe.cache_dtype!r}, which belong to a cache; "
-                     "give its folder as features, or leave them at 0 and 'float32'")
+  else:
+    features_lib.check_without(first, recipe)
   # A run that may be finished is recognised before its images are decoded, unless some of them may be left out.
   early = recipe.bad_images == "skip" or workdir is None or not (Path(workdir) / "result.json").exists()
   whole, task = task, readable(task, recipe.bad_images, tell, quiet) if early else task
@@ -291,18 +290,19 @@ class Stage:
     return step
 
   def train_loader(self) -> data.TrainLoader:
-    activations = self.kept("train", self.task.splits["train"]).take if self.cache else None
+    activations = self.kept(self.cache, "train", self.task.splits["train"]).take if self.cache else None
     return train_loader(self.recipe, self.task, self.preprocessing, activations)
 
-  def kept(self, name: str, split: data.Split) -> features_lib.Features:
+  def kept(self, cache, name: str, split: data.Split) -> features_lib.Features:
     """A split's activations; those that an earlier stage did not read are written now."""
-    features_lib.write(self.cache, self.weights, self.method.reads, {name: split}, device_count=self.recipe.devices,
+    features_lib.write(cache, self.weights, self.method.reads, {name: split}, device_count=self.recipe.devices,
                        quiet=self.quiet)
-    return features_lib.Features(self.cache, self.weights, self.method.reads, name, split)
+    return features_lib.Features(cache, self.weights, self.method.reads, name, split)
 
   def eval_loader(self, split):
     if self.cache:
-      return features_lib.eval_loader(self.kept(split.name, split), split, self.weights,
+      plain = dataclasses.replace(self.cache, views=0)  # whatever name the split goes by
+      return features_lib.eval_loader(self.kept(plain, split.name, split), split, self.weights,
                                       max(self.recipe.batch_size, 32))
     return data.eval_loader(split, self.preprocessing, batch_size=max(self.recipe.batch_size, 32))
 

@@ -48,7 +48,12 @@ def _against(option: str, at: Callable[[dict], int | None], xlabel: str, name: s
     if len(methods) == 1 or len(lines) == 1:
       series |= {task if len(methods) == 1 else f"{method}, {task}": line for task, line in lines.items()}
     if len(lines) > 1:
-      _add_mean(f"{method}, mean of {len(lines)} tasks", lines, xlabel, series, remarks)
+      name_ = f"{method}, mean of {len(lines)} tasks"
+      try:
+        _alike_tasks(f"the tasks of {method}", [row for row in mine if row["method"] == method], allow)
+        _add_mean(name_, lines, xlabel, series, remarks)
+      except report.Unlike as error:
+        remarks.append(f"{name_}: left out, {error}")
   if not series:
     raise ValueError("; ".join(remarks) + "; give the runs of one method to see them task by task")
   return plots.points(Path(folder) / name, series, title=f"Accuracy against {xlabel}", xlabel=xlabel,
@@ -76,6 +81,12 @@ def _alike_but(option: str, rows: Sequence[dict], allow: Sequence[str]) -> None:
   fields = [field for field in report.OF_A_TASK if field not in report.OF_A_DRAW]
   for (method, task), group in groups.items():
     report.check_alike(f"{method} on {task}", group, fields, allow)
+
+
+def _alike_tasks(what: str, rows: Sequence[dict], allow: Sequence[str]) -> None:
+  """Tasks that enter a mean share what a suite's average asks for."""
+  rows = [{**row, "pixels_from": report.pixels_from(row["task"], row["source"])} for row in rows]
+  report.check_alike(what, rows, report.OF_A_SUITE, allow)
 
 
 def _taps(row: dict) -> int:

@@ -20,6 +20,7 @@ from transferlab.methods.head2toe_features import Layout
 
 SELECTING = ("head2toe", "head2toe_ft")
 LAYOUT = ("sites", "target_size", "cls")  # options that say which features there are
+SAME = ("backbone_hash", "image_size", "preprocessing")  # what all runs of one picture share
 
 
 class Selected(NamedTuple):
@@ -138,7 +139,7 @@ def layers(rows: Sequence[dict], folder, allow: Sequence[str] = ()) -> tuple[lis
   averaged over seeds. T may differ between tasks, the layers may not."""
   del allow
   found = read(rows)
-  _same(found, ["names"], "a layer that some lack has no share there")
+  _same(found, ["names", "backbone"], "a layer that some lack has no share there, another network's is another")
   names = found[0].layout.names
   counts = [[len(part) for part in run.layout.split(run.kept).values()] for run in found]
   files = [plots.table(Path(folder) / "head2toe_layers_counts.csv", ["task", "seed", "features", "kept", *names], (
@@ -196,7 +197,12 @@ def transfer(rows: Sequence[dict], folder, allow: Sequence[str] = ()) -> tuple[l
     raise ValueError(f"{len(given)} of {len(rows)} runs are of head2toe_given, with the task whose features they take; "
                      "train some with configs/head2toe.py:task=B,given=A/adapter.safetensors")
   own = [{**row, "method": row["task"]} for row in rows if row["method"] == "head2toe"]
-  scores = report.report(tested([*own, *given]), allow=allow, average=False).scores
+  tested([*own, *given])
+  report.check_alike("the runs", [*own, *given], SAME, allow)
+  for task in dict.fromkeys(row["task"] for row in given):
+    on_task = [row for row in (*own, *given) if row["task"] == task]
+    report.check_alike(f"the runs on {task}", on_task, ["protocol"], allow)
+  scores = report.report([*own, *given], allow=allow, average=False).scores
   targets, sources = (in_order([row[field] for row in (*given, *own)]) for field in ("task", "method"))
   percent = {(a, b): 100 * scores[a][b].mean for a in sources for b in targets if b in scores[a]}
   values = np.array([[percent.get((a, b), np.nan) for b in targets] for a in sources])
@@ -218,4 +224,4 @@ def given(path) -> dict:
   """Options of `head2toe_given` that train another task on the features of an adapter file."""
   found = read_adapter(path)
   same = {name: found.options[name] for name in (*LAYOUT, "normalisation", "compat")}
-  return {**same, "kept": tuple(found.kept.tolist()), "source": found.task}
+  return {**same, "kept": tuple(found.kept.tolist()), "total": found.layout.total, "source": found.task}

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from transferlab import plots, report
-from transferlab.analysis.selected import in_order
+from transferlab.analysis.selected import SAME, in_order
 
 METHODS = ("inca", "open_inca")
-SAME = ("backbone_hash", "image_size", "preprocessing")  # what all tasks of one picture share
 
 
 def sites(rows: Sequence[dict], folder, allow: Sequence[str] = ()) -> tuple[list[Path], list[str]]:

@@ -2,10 +2,10 @@
 import json
 
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
 from transferlab.commands.flags import BACKBONE, define, parse, required
+from transferlab.progress import show_table
 
 
 def _info_flags() -> flags.FlagValues:
@@ -27,6 +27,9 @@ def info(argv: list[str]) -> None:
   """Shows what methods cost on a backbone, or its sites, from shapes alone."""
   values = _info_flags()
   parse(values, argv, info)
+  for name, least in {"num_classes": 1, "batch_size": 1, "image_size": 0, "heads": 0}.items():
+    if values[name].value < least:
+      raise ValueError(f"--{name} is {values[name].value}; expected {least} or more")
   from transferlab import inform
   spec, preprocessing = inform.find(values.backbone, values.image_size or None, values.logits)
   if values.sites:
@@ -49,6 +52,8 @@ def info(argv: list[str]) -> None:
     return
   print(f"{spec}\n{preprocessing.describe() if preprocessing else 'preprocessing comes with the weights'}")
   show(rows, values)
+  if staged := [row["method"] for row in rows if row.get("first_stage")]:
+    print(f"{', '.join(staged)}: of the first stage alone; what is saved is of the last")
   print(f"{rows[0]['frozen']:,} frozen parameters; a step of {values.batch_size} images, {values.num_classes} classes, "
         f"{values.dtype}")
 
@@ -67,7 +72,7 @@ def _sites(shapes: dict, as_json: bool) -> None:
   table = Table("site", "shape [B, …]")
   for name, shape in shapes.items():
     table.add_row(name, str(list(shape)))
-  Console().print(table)
+  show_table(table)
 
 
 def _show_costs(rows: list[dict], values: flags.FlagValues) -> None:
@@ -78,7 +83,7 @@ def _show_costs(rows: list[dict], values: flags.FlagValues) -> None:
                   f"{row['forward_flops'] / 1e9:.1f}", f"{row['train_flops'] / 1e9:.1f}",
                   f"{row['train_peak_bytes'] / 2**20:.0f}", f"{row['adapter_bytes'] / 1e3:.0f}",
                   *[f"{row.get('bytes_per_image', 0) / 1e3:,.0f}"] * values.cached)
-  Console().print(table)
+  show_table(table)
 
 
 def _show_compared(rows: list[dict], values: flags.FlagValues) -> None:
@@ -88,7 +93,7 @@ def _show_compared(rows: list[dict], values: flags.FlagValues) -> None:
     table.add_row(row["method"], f"{row['trainable']:,}", f"{row['trainable_without_classifier']:,}",
                   f"{row['of_backbone']:.2%}", f"{row['train_flops'] / 1e9:.1f}", f"{row['of_flops']:.1%}",
                   f"{row['train_peak_bytes'] / 2**20:.0f}", f"{row['of_peak']:.1%}")
-  Console().print(table)
+  show_table(table)
 
 
 def convert(argv: list[str]) -> None:

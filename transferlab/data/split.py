@@ -76,13 +76,20 @@ def folds(labels: np.ndarray, count: int, class_names: Sequence[str], *, seed: i
       an order that the seed draws.
 
   Raises:
-    DataError: fewer than two folds, or more than there are rows or rows of a class.
+    DataError: fewer than two folds, or more than there are rows or rows of a class; consecutive rows, most of which
+      are of classes that the other folds lack, since the rows are sorted by class.
   """
   if not 2 <= count <= len(labels):
     raise DataError(f"folds is {count}; expected 2 to {len(labels)}, the number of training images, or 0 to choose on "
                     "the validation split")
   if contiguous:
-    return np.arange(len(labels)) * count // len(labels)
+    found = np.arange(len(labels)) * count // len(labels)
+    for fold in range(count):
+      own, others = labels[found == fold], labels[found != fold]
+      if (unknown := np.mean(~np.isin(own, others))) > 0.5:
+        raise DataError(f"{unknown:.0%} of the {len(own)} images of fold {fold} are of classes that no other fold has, "
+                        "since the images are sorted by class; leave contiguous out, every class is then dealt out")
+    return found
   found, dealt = np.zeros(len(labels), np.int64), 0
   for group in np.unique(labels).tolist():
     members = _shuffled(np.flatnonzero(labels == group), seed, group)

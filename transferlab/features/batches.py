@@ -46,6 +46,14 @@ def check(method: Method, spec, recipe: Recipe = Recipe()) -> None:
     raise ValueError(f"views is {recipe.views} and nothing is random; expected 0, or an augmentation such as 'flip'")
 
 
+def check_without(method: Method, recipe: Recipe) -> None:
+  """Raises `ValueError` where training without a cache would leave a part of the recipe undone."""
+  if recipe.views or recipe.cache_dtype != "float32":
+    raise ValueError(f"views is {recipe.views} and cache_dtype {recipe.cache_dtype!r}, which belong to a cache, and "
+                     f"{method.name} trains from images; give a folder as features to a method that only reads, or "
+                     "leave them at 0 and 'float32'")
+
+
 def verified(folder, weights: Weights, reads: dict, task: data.Task, recipe: Recipe) -> data.Task:
   """The task, those of its splits marked as readable whose activations are all kept: their images are not needed."""
   cache, splits = of_recipe(folder, recipe), {}

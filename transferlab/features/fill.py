@@ -59,7 +59,11 @@ def _size(count: int) -> str:
 
 def _check_room(folder: str, needed: int) -> None:
   whole = Path(folder).absolute()
-  free = shutil.disk_usage(next(path for path in (whole, *whole.parents) if path.exists())).free
+  existing = next(path for path in (whole, *whole.parents) if path.exists())
+  if not existing.is_dir():
+    raise ValueError(f"{existing} is a file; expected a folder for the activations, or a place where one can be made; "
+                     "give another one")
+  free = shutil.disk_usage(existing).free
   if free < needed:
     raise ValueError(f"{folder} has {_size(free)} free and the activations need {_size(needed)}; free some space, give "
                      "a folder on another disk, or keep them in bfloat16, which halves them")

@@ -74,7 +74,8 @@ class Store:
     if file.exists():
       try:
         header = json.loads(file.read_text())
-        if (header["of"], header["rows"]) != (self.identity, self.rows) or not header["shard"] >= 1 or not all(
+        if (header["of"], header["rows"]) != (self.identity, self.rows) or not (
+            isinstance(header["shard"], int) and header["shard"] >= 1) or not all(
             isinstance(sums, list) for sums in header["columns"].values()):
           raise ValueError
       except (OSError, ValueError, KeyError, TypeError, AttributeError):

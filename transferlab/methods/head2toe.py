@@ -5,6 +5,8 @@ Activations of many sites are pooled to about `target_size` numbers, normalised 
 on all of them trains with a group lasso; the features whose weights are largest stay, and a new head trains on those.
 `head2toe_reader` says which activations those are, and what of that is our reading.
 """
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -34,7 +36,7 @@ def _counts(fraction: float | tuple, total: int) -> dict[str, int]:
   fractions = fraction if isinstance(fraction, tuple) else (fraction,)
   found = {}
   for each in fractions:
-    if isinstance(each, bool) or not isinstance(each, (int, float)):
+    if isinstance(each, bool) or not isinstance(each, (int, float)) or not math.isfinite(each):
       raise ValueError(f"fraction {each!r} is no number; expected one such as 0.01, or several, (0.001, 0.01, 0.1)")
     name, count = repr(float(each)), count_of(each, total)
     if not 1 <= count <= total:
@@ -192,7 +194,8 @@ def head2toe(spec, *, fraction: float | tuple = 0.01, coefficient: float = 1e-4,
       by cross-validation, 0.001 to 0.2; 1.0 keeps all and needs no first stage. Several, (0.001, 0.01, 0.1), are
       trained side by side in the second stage, a head for each on its share of the best features, and the one with the
       best validation accuracy stays (of equals, the lower loss, then the smaller fraction); until then, and for good
-      where there is no validation split, the logits are the mean of theirs.
+      where there is no validation split, the logits are the mean of theirs. A recipe's select="best" goes by that mean;
+      the paper takes the last step.
     spec, coefficient, sites, target_size, cls, normalisation, compat: as of `all_features`; so are the differences from
       the code. Norms of the second stage are of the kept features only.
 

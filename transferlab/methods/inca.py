@@ -11,6 +11,7 @@ Clipping by the global norm (`Optim.clip`) would couple them.
 """
 import functools
 import re
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,8 @@ def inca(spec, *, sites: str | None = None, queries: int = 1, heads: int | None 
       of their probabilities; "greedy", a weighted mean of logits, see `ensembles.greedy`. Until then, and for good
       where there is no validation split, the logits are the mean over all. Not chosen: "mean_logits";
       "mean_probabilities", the logarithm of that; a site's name, "norm"; a weighted mean, "block_03/out*2+norm".
+      All adapters are taken from one step, with a recipe's select="best" the one at which the mean over all is best; a
+      sweep scores each adapter at its own best step instead, and then trains the chosen one alone.
       The best one alone is the cheapest to serve, stopping where it reads; an ensemble is often a little better.
 
   Trainable: {"adapters": {site: …}, "classifier": {site: {"kernel": [D, C], "bias": [C]}}}, nested at the slashes of
@@ -73,7 +76,8 @@ def _method(name, spec, pattern, heads, norm_tokens, combine, queries, head, opt
     jax.eval_shape(functools.partial(init_, queries=queries(1)), jax.random.key(0))
 
   def init(rng, frozen, num_classes):
-    keys = dict(zip(chosen, jax.random.split(rng, len(chosen))))
+    # By name, so that an adapter starts as it would alone.
+    keys = {site: jax.random.fold_in(rng, zlib.crc32(site.encode())) for site in chosen}
     adapters = {site: make[site](keys[site], queries=queries(num_classes)) for site in chosen}
     heads_ = {site: ca.init_head(shapes[site].shape[-1], num_classes) for site in chosen}
     return {"adapters": tree.unflatten(adapters), "classifier": tree.unflatten(heads_)}, {}

@@ -22,8 +22,8 @@ EXAMPLES, BATCH = 1000, 128
 ALL_FRACTIONS = 1.18  # of the steps of one fraction: what the slides add for trying the others
 STEM_SIDE = 115       # as the count takes it, of 230 padded pixels; the network's own map has 112
 BACKBONES = {"resnet50": "ResNet-50", "vit_b16": "ViT-B/16"}
-TOLD = ("backbone", "image_size", "options.target_size", "options.fraction", "options.coefficient", "options.site",
-        "options.normalisation", "steps", "recipe.optim.lr", "recipe.optim.name", "seed", "protocol")
+TOLD = ("backbone", "image_size", "options.target_size", "options.fraction", "options.coefficient", "registered",
+        "options.sites", "options.normalisation", "steps", "recipe.optim.lr", "recipe.optim.name", "seed", "protocol")
 
 
 class Cost(NamedTuple):
@@ -116,26 +116,31 @@ def cost_table(rows: Sequence[dict] = (), **options) -> list[Table]:
 
 
 def called(row: dict) -> str | None:
-  """The slides' name of a run's method, or None. Their Linear has features of length 1, ours may be `linear`'s own;
-  their Head2Toe-FT+ is a choice between two methods, so a run of it is the final one of a sweep that had both."""
+  """The slides' name of a run's method, or None. Their Linear has features of length 1, ours may be `linear`'s own, but
+  not of another activation; their Head2Toe-FT+ is a choice between two methods, so a run of it is the final one of a
+  sweep of both."""
   method, options = row["method"], row["options"]
+  if method == "linear":
+    return "Linear" if options.get("site", "pooled") == "pooled" else None
   if method == "all_features":
     if options.get("sites") in ("pooled", ["pooled"]):
-      return "Linear"
+      return "Linear" if options.get("penalty") == "none" else None
     return {"l1": "+All-l1", "l2": "+All-l2", "l21": "+All-l2,1"}.get(options.get("penalty"), "+All")
   if method == "head2toe_ft" and options.get("sites") in ("pooled", ["pooled"]):
     return "Fine-tuning"  # the paper's; `full` does not scale features to length 1
   if method in ("head2toe", "head2toe_ft") and _chosen_by_a_sweep(row):
     return "Head2Toe-FT+"
-  return {"linear": "Linear", "head2toe": "Head2Toe", "head2toe_ft": "Head2Toe-FT", "full": "Fine-tuning",
+  return {"head2toe": "Head2Toe", "head2toe_ft": "Head2Toe-FT", "full": "Fine-tuning",
           "scratch": "Scratch", "head2toe_layers": "whole layers"}.get(method)
 
 
 def _chosen_by_a_sweep(row: dict) -> bool:
-  """Whether a run's method was chosen: it lies in the folder `final` of a sweep whose grid had the key `method`."""
+  """Whether a run's method was chosen of the two: it lies in the folder `final` of a sweep that had both, and no third.
+  """
   folder = Path(row["path"]).parent
   try:
-    return folder.name == "final" and "method" in json.loads((folder.parent / "best.json").read_text())["values"]
+    lines = (folder.parent / "sweep.jsonl").read_text().splitlines() if folder.name == "final" else ()
+    return {json.loads(line)["method"] for line in lines} == {"head2toe", "head2toe_ft"}
   except (OSError, ValueError, KeyError, TypeError):
     return False
 

@@ -5,14 +5,12 @@ from importlib import resources
 from typing import NamedTuple
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
 from transferlab import data, metrics, report
+from transferlab.progress import show_table
 from transferlab.report import Score
-
-WIDE = 200  # columns of text where nothing says how many there are, a pipe or a file
 
 
 class Table(NamedTuple):
@@ -41,9 +39,6 @@ class Table(NamedTuple):
             "averages": [row(cells) for cells in self.averages], "remarks": self.remarks}
 
   def show(self) -> None:
-    console = Console()
-    if not console.is_terminal:
-      console = Console(width=WIDE)
     shown = RichTable(title=escape(self.title), box=box.SIMPLE)
     for i, name in enumerate(self.header):
       numbers = any(not isinstance(row[i], (str, type(None))) for row in self.rows)
@@ -53,7 +48,7 @@ class Table(NamedTuple):
         shown.add_section()
       for row in rows:
         shown.add_row(*(escape(_text(cell, form)) for cell, form in zip(row, self.formats)))
-    console.print(shown)
+    show_table(shown)
     for remark in self.remarks:
       print(f"remark: {remark}")
 
@@ -83,13 +78,14 @@ def accuracies(title: str, suite: str, printed: Mapping[str, Mapping[str, float]
     names: task -> what the paper calls it, in its order.
     rows: of our runs, `report.read`; those on other tasks, or of methods without a name here, are left out and counted.
     called: a row -> the paper's name of its method, or None.
-    told: fields of rows that remarks name, such as "options.target_size".
+    told: fields of rows that remarks name, such as "options.target_size"; "registered" is our name of the method.
     split, allow: as of `report.report`, whose rules say which runs are averaged.
 
   Raises:
     ValueError: rows, but none that belongs here; runs that must not be averaged, see `report.Unlike`.
   """
-  ours = [{**row, "method": called(row)} for row in rows if row["task"] in names and called(row)]
+  ours = [{**row, "method": called(row), "registered": row["method"]} for row in rows
+          if row["task"] in names and called(row)]
   if rows and not ours:
     raise ValueError(f"none of {len(rows)} runs belongs into this table (methods {', '.join(_all(rows, 'method'))}; "
                      f"tasks {', '.join(_all(rows, 'task')[:4])}); expected {', '.join(printed)} on tasks of {suite}")
