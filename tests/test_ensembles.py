@@ -90,3 +90,13 @@ def test_greedy_is_never_worse_than_the_best_member(seed):
 def test_one_round_is_the_best_member():
   logits, labels = noisy()
   assert ensembles.greedy(logits, labels, rounds=1) == ensembles.top_k(logits, labels, 1)
+
+
+def test_examples_count_by_their_weights():
+  """Three images of one domain and one of another: a domain counts as much as the other, however few its images."""
+  labels, weights = np.array([0, 0, 0, 1]), np.array([1, 1, 1, 3]) / 3
+  logits = {"large": sure(0, 0, 0, 0), "small": sure(0, 1, 1, 1)}
+  assert [ensembles.score(each, labels, weights)[0] for each in logits.values()] == pytest.approx([1 / 2, 2 / 3])
+  assert ensembles.ranked(logits, labels) == ["large", "small"]
+  assert ensembles.ranked(logits, labels, weights) == ["small", "large"]
+  assert ensembles.top_k(logits, labels, 1, weights) == ensembles.greedy(logits, labels, 1, weights) == {"small": 1}

@@ -24,7 +24,8 @@ from transferlab.methods import cross_attention as ca
 from transferlab.methods.inca import add_classes, at_sites, combined, keep_classes
 from transferlab.optim import Optim, make_optimiser
 from transferlab.step import make_step, start
-from transferlab.train import Stage, fit
+from transferlab.stage import Stage
+from transferlab.train import fit
 
 SINGLE = ["g01_inca_h1", "g02_inca_h4", "g03_inca_nobias", "g04_inca_lnin", "g05_inca_m3", "g06_inca_spatial",
           "g07_open_inca"]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from engine import contents, files, metrics, recipe
 
-from transferlab import checkpoint, data, train
+from transferlab import checkpoint, data, stage, train
 from transferlab.backbones.weights import load_weights, save_weights
 from transferlab.optim import Optim
 from transferlab.train import fit
@@ -57,13 +57,13 @@ def compiled_once():
 def clock(monkeypatch, compiled_once):
   """{"stop": step}; programs are kept, as all runs here share two of them."""
   clock = {"calls": 0, "stop": 0}
-  compile_step = train.compile_step
+  compile_step = stage.compile_step
   def cached(step, run, *args, **kwargs):
     key = str(jax.tree.structure(run.trainable))
     if key not in compiled_once:
       compiled_once[key] = compile_step(step, run, *args, **kwargs)
     return Compiled(compiled_once[key], clock)
-  monkeypatch.setattr(train, "compile_step", cached)
+  monkeypatch.setattr(stage, "compile_step", cached)
   return clock
 
 

@@ -12,13 +12,14 @@ from engine import colours, files, metrics, recipe, write_images
 from rich.console import Console
 from sklearn import metrics as oracle
 
-from transferlab import backbones, cost, data, devices, methods, progress, tree, train
+from transferlab import backbones, cost, data, devices, methods, progress, stage, train, tree
 from transferlab.backbones.weights import weights_hash
 from transferlab.checkpoint import load_adapter
 from transferlab.evaluate import evaluate
 from transferlab.optim import Optim, make_optimiser
 from transferlab.step import compile_step, make_step, start, to_inputs
-from transferlab.train import NotFinite, Recipe, fit
+from transferlab.stage import NotFinite
+from transferlab.train import Recipe, fit
 
 SGD = Optim(name="sgd", lr=0.1, schedule="constant", momentum=0.0, weight_decay=0.0)
 LEARNS = recipe(duration="8 epochs", optim=Optim(lr=2e-2), checkpoint_every="2 epochs")
@@ -100,7 +101,7 @@ def scripted(monkeypatch, *values):
   """Validation gives these (accuracy, loss) in turn."""
   given = iter(values)
   found = lambda *_: dict(zip(("accuracy", "loss"), next(given)), mean_per_class=0.0, examples=1)
-  monkeypatch.setattr(train, "scores", found)
+  monkeypatch.setattr(stage, "scores", found)
 
 
 def test_best_is_the_step_it_says(tiny_weights, tiny_task, monkeypatch):

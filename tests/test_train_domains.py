@@ -6,7 +6,7 @@ import pytest
 from engine import colours, contents, metrics, recipe
 from scipy.special import log_softmax
 
-from transferlab import data, evaluate, methods, serve, train
+from transferlab import data, evaluate, methods, serve, stage, train
 from transferlab.data import DataError
 from transferlab.train import fit
 
@@ -85,7 +85,7 @@ def test_the_step_is_chosen_by_the_mean_over_domains(tiny_weights, monkeypatch):
     def found(*_):
       accuracy, mean, loss = next(given)
       return {"accuracy": accuracy, "mean_over_domains": mean, "loss": loss, "mean_per_class": 0.0, "examples": 1}
-    monkeypatch.setattr(train, "scores", found)
+    monkeypatch.setattr(stage, "scores", found)
   chosen = {}
   for per_domain in (True, False):
     scripted()
@@ -156,7 +156,7 @@ def test_domains_are_counted_without_the_filling():
   both = found.plus(evaluate.Evaluation(found.confusion, found.loss)).plus(
       evaluate.Evaluation(found.confusion, found.loss, np.array([[1, 1], [0, 4], [0, 0], [2, 2]])))
   assert both.domains.tolist() == [[1, 3], [0, 4], [2, 3], [2, 2]]
-  assert train.scores(found, ("a", "b"))["domains"] == {"a": 0.0, "2": pytest.approx(2 / 3)}
+  assert stage.scores(found, ("a", "b"))["domains"] == {"a": 0.0, "2": pytest.approx(2 / 3)}
 
 
 def masked() -> data.Task:

@@ -10,26 +10,26 @@ import numpy as np
 Logits = Mapping[str, np.ndarray]  # {member: [N, C]}
 
 
-def score(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-  """(accuracy, mean cross-entropy) of logits [N, C] for labels [N]."""
+def score(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
+  """(accuracy, mean cross-entropy) of logits [N, C] for labels [N]; examples count by their weights [N], if given."""
   shifted = np.asarray(logits, np.float64) - logits.max(axis=-1, keepdims=True)
   each = np.log(np.exp(shifted).sum(axis=-1)) - shifted[np.arange(len(labels)), labels]  # [N]
-  return float((logits.argmax(axis=-1) == labels).mean()), float(each.mean())
+  return float(np.average(logits.argmax(axis=-1) == labels, weights=weights)), float(np.average(each, weights=weights))
 
 
-def ranked(logits: Logits, labels: np.ndarray) -> list[str]:
+def ranked(logits: Logits, labels: np.ndarray, weights: np.ndarray | None = None) -> list[str]:
   """Members from the best to the worst: by accuracy, of equal ones by the lower loss, then as they come."""
-  scores = {member: score(each, labels) for member, each in logits.items()}
+  scores = {member: score(each, labels, weights) for member, each in logits.items()}
   return sorted(logits, key=lambda member: (-scores[member][0], scores[member][1]))  # sorting is stable
 
 
-def top_k(logits: Logits, labels: np.ndarray, k: int) -> dict[str, int]:
+def top_k(logits: Logits, labels: np.ndarray, k: int, weights: np.ndarray | None = None) -> dict[str, int]:
   """The k best members, or all if there are fewer, each once, as they come in `logits`."""
-  chosen = set(ranked(logits, labels)[:k])
+  chosen = set(ranked(logits, labels, weights)[:k])
   return {member: 1 for member in logits if member in chosen}
 
 
-def greedy(logits: Logits, labels: np.ndarray, rounds: int = 10) -> dict[str, int]:
+def greedy(logits: Logits, labels: np.ndarray, rounds: int = 10, weights: np.ndarray | None = None) -> dict[str, int]:
   """Greedy forward selection with replacement on the mean of logits (Caruana et al. 2004, ICML, "Ensemble selection
   from libraries of models", on the mean of predictions there).
 
@@ -44,7 +44,7 @@ def greedy(logits: Logits, labels: np.ndarray, rounds: int = 10) -> dict[str, in
   """
   total, taken, found = 0.0, [], []
   for size in range(1, rounds + 1):
-    scores = {member: score((total + each) / size, labels) for member, each in logits.items()}
+    scores = {member: score((total + each) / size, labels, weights) for member, each in logits.items()}
     best = min(scores, key=lambda member: (-scores[member][0], scores[member][1]))
     total, taken = total + np.asarray(logits[best], np.float64), [*taken, best]
     found.append((-scores[best][0], scores[best][1], size))

@@ -33,7 +33,8 @@ from transferlab.methods.growing import OVER, grow, join
 from transferlab.methods.inca import keep_classes
 from transferlab.progress import say, show_table
 from transferlab.recipe import Recipe
-from transferlab.train import Stage, fit, readable, request
+from transferlab.stage import Stage
+from transferlab.train import fit, readable, request
 from transferlab.tree import nearest
 from transferlab.workdir import Workdir
 

@@ -83,8 +83,9 @@ class Method(NamedTuple):
     varies: options, numbers, that `loss` and `readout` take from ctx.vary where they are there: parallel heads may
       differ in them and still share one program.
     members: (outputs) -> {member: logits [B, C]} of the classifiers that the method trains side by side, None for one.
-    choose: (trainable, state, {member: logits [N, C]}, labels [N]) -> (Method, trainable, state), made after training
-      from the members' logits on the validation split; None if nothing is left to choose.
+    choose: (trainable, state, {member: logits [N, C]}, labels [N], weights [N] of examples or None) -> (Method,
+      trainable, state), made after training from the members' logits on the validation split; None if nothing is left
+      to choose.
     member_options: (member) -> the options that train this member alone; None where there are no members.
   """
   name: str

@@ -28,7 +28,8 @@ from transferlab.heads import Head, Score, train_heads
 from transferlab.methods.over_sites import over_sites
 from transferlab.progress import say
 from transferlab.recipe import Recipe
-from transferlab.train import check_arguments, criterion, readable, request
+from transferlab.stage import criterion
+from transferlab.train import check_arguments, readable, request
 
 WHERE = ("data", "data_dir", "backbone", "download", "features")  # where things lie is no part of what they are
 

@@ -14,7 +14,7 @@ from transferlab.optim import schedule
 from transferlab.progress import say
 from transferlab.recipe import train_loader
 from transferlab.step import compile_step
-from transferlab.train import criterion
+from transferlab.stage import criterion
 
 
 class Lane(NamedTuple):

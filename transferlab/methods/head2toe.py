@@ -107,8 +107,9 @@ def on_selected(spec, name: str, options: dict, source: Reader, kept) -> Method:
   def of_member(member):
     return {"fraction": float(member)}
 
-  def choose(trainable, state, logits, labels):
-    best = ensembles.ranked({member: logits[member] for member in sorted(counts, key=float)}, labels)[0]
+  def choose(trainable, state, logits, labels, weights=None):
+    ascending = {member: logits[member] for member in sorted(counts, key=float)}
+    best = ensembles.ranked(ascending, labels, weights)[0]
     first = state["kept"][:counts[best]]
     alone = on_selected(spec, name, {**options, **of_member(best)}, source, first)
     return alone, {"classifier": trainable["classifier"][best]}, {"kept": first}

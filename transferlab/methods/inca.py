@@ -137,9 +137,10 @@ def _choose(spec, name: str, options: dict, sites: list[str]):
   combine = options["combine"]
   top = TOP.fullmatch("top1" if combine == "best" else combine)
 
-  def choose(trainable, state, logits, labels):
+  def choose(trainable, state, logits, labels, weights=None):
     logits = {site: logits[site] for site in sites}  # of equal ones the earlier wins
-    picked = ensembles.top_k(logits, labels, int(top[1])) if top else ensembles.greedy(logits, labels)
+    picked = (ensembles.top_k(logits, labels, int(top[1]), weights) if top else
+              ensembles.greedy(logits, labels, weights=weights))
     how = MEANS[bool(top and top[2])]
     if len(set(picked.values())) > 1:
       how = "+".join(f"{site}*{weight}" for site, weight in picked.items())
