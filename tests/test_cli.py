@@ -125,8 +125,8 @@ def test_eval_of_the_head_that_weights_carry(place, run, tmp_path):
 
 
 def test_eval_and_predict_cannot_train(place, run, monkeypatch):
-  from transferlab import step, train
-  for module, name in ((train, "fit"), (step, "make_step"), (train, "make_step")):
+  from transferlab import stage, step, train
+  for module, name in ((train, "fit"), (step, "make_step"), (stage, "make_step")):
     monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("trained"))
   assert run("eval", *served(place), f"--data=folder:{place / 'images'}")[0] == 0
   assert {"run/confusion.csv", "run/confusion.png"} <= files(place)  # beside the adapter, unless --out says otherwise
