@@ -9,11 +9,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from transferlab import ensembles, losses
 from transferlab.method import Method
 from transferlab.methods import classifier
-from transferlab.methods.head2toe_features import CLS_MODES, Layout, count_of, score, select, unit, unit_per_layer
+from transferlab.methods.head2toe_features import CLS_MODES, Layout, count_of, length, score, select, unit_per_layer
 from transferlab.methods.head2toe_reader import Reader, reader
 
 
@@ -62,7 +63,16 @@ def _share(options: dict, ctx):
 
 def _on_all(spec, name: str, options: dict, source: Reader, penalty: str) -> Method:
   """A head on all features, with a penalty on its kernel."""
-  each = unit if options["normalisation"] == "unit" else lambda x: x
+  normalised, ends = options["normalisation"] == "unit", np.cumsum(source.layout.sizes)[:-1]
+
+  def readout(trainable, features, carry, ctx):
+    # Layer by layer, each product scaled rather than its input: the N features of an image are never copied, which is a
+    # quarter of a step.
+    head, logits = trainable["classifier"], 0
+    for tap, kernel in zip(source.layout.names, jnp.split(head["kernel"], ends)):
+      x = carry[tap].astype(jnp.float32)                                                 # [B, n]
+      logits += x @ kernel / (length(x) if normalised else 1)                            # [B, C]
+    return logits + head["bias"]
 
   def loss(trainable, outputs, ctx):
     coefficient = ctx.vary.get("coefficient", options["coefficient"])
@@ -73,8 +83,7 @@ def _on_all(spec, name: str, options: dict, source: Reader, penalty: str) -> Met
   return Method(
       name=name, options=options, reads=source.reads, writes_from=spec.depth, loss=loss, varies=("coefficient",),
       init=lambda rng, frozen, num_classes: ({"classifier": _glorot(rng, source.layout.total, num_classes)}, {}),
-      readout=lambda trainable, features, carry, ctx: classifier.apply(
-          trainable["classifier"], source.join(carry, each)))
+      readout=readout)
 
 
 def on_selected(spec, name: str, options: dict, source: Reader, kept) -> Method:

@@ -99,10 +99,15 @@ def pool(x, target: int, cls: str = "normal"):
 
 # --- Normalisation --------------------------------------------------------------------------------------------------
 
-def unit(x, axis: int = -1):
-  """x / ||x|| along an axis, without an epsilon as in the code; zero vectors stay zero and get finite gradients."""
+def length(x, axis: int = -1):
+  """||x|| along an axis, which stays with size 1; 1 for zero vectors, so that it can divide, with finite gradients."""
   squares = jnp.sum(x * x, axis=axis, keepdims=True)
-  return x / jnp.sqrt(jnp.where(squares > 0, squares, 1))
+  return jnp.sqrt(jnp.where(squares > 0, squares, 1))
+
+
+def unit(x, axis: int = -1):
+  """x / ||x|| along an axis, without an epsilon as in the code; zero vectors stay zero."""
+  return x / length(x, axis)
 
 
 def unit_per_layer(x, layers, count: int):

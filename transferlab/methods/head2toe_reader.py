@@ -24,9 +24,9 @@ class Reader(NamedTuple):
   layout: Layout
   reads: dict[str, Read]
 
-  def join(self, carry, each=lambda x: x):
-    """All layers of a carry {tap: [B, n]} side by side, [B, N], each of them changed by `each`."""
-    return jnp.concatenate([each(carry[tap]) for tap in self.layout.names], axis=-1)
+  def join(self, carry):
+    """All layers of a carry {tap: [B, n]} side by side, [B, N]."""
+    return jnp.concatenate([carry[tap] for tap in self.layout.names], axis=-1)
 
 
 def taps(spec, sites: str | tuple, shapes: dict) -> dict[str, Read]:
