@@ -103,6 +103,7 @@ class Stage:
     return step
 
   def train_loader(self) -> data.TrainLoader:
+    """Batches of images, or of activations where there is a cache."""
     activations = self.kept(self.cache, "train", self.task.splits["train"]).take if self.cache else None
     return train_loader(self.recipe, self.task, self.preprocessing, activations)
 
@@ -113,6 +114,7 @@ class Stage:
     return features_lib.Features(cache, self.weights, self.method.reads, name, split)
 
   def eval_loader(self, split):
+    """As `train_loader`, every example of a split once and never augmented."""
     if self.cache:
       plain = dataclasses.replace(self.cache, views=0)  # whatever name the split goes by
       return features_lib.eval_loader(self.kept(plain, split.name, split), split, self.weights,
@@ -120,6 +122,7 @@ class Stage:
     return data.eval_loader(split, self.preprocessing, batch_size=max(self.recipe.batch_size, 32))
 
   def scores(self, trainable, state, loader, among=()) -> dict:
+    """The ledger's numbers of a trainable on what a loader holds."""
     found = evaluate(lambda images: self.predict(trainable, state, self.frozen, images), loader, self.num_classes,
                      among=among, mesh=self.mesh, quiet=self.quiet)
     return scores(found, self.task.domain_names, among)
@@ -166,10 +169,12 @@ class Stage:
     return self
 
   def log(self, row: dict) -> None:
+    """A line of metrics.jsonl, where there is a workdir."""
     if self.folder:
       self.folder.log({"stage": self.index, **row})
 
   def validate(self, done: int, progress: Progress) -> None:
+    """Scores the run as it stands, and keeps it if it is the best so far."""
     found = self.scores(self.run.trainable, self.run.state, self.val_loader)
     self.log({"step": done, "val": found})
     progress.update(0, f"val accuracy {found['accuracy']:.4f}")
@@ -180,6 +185,7 @@ class Stage:
         self.best["trainable"] = jax.tree.map(jnp.copy, self.run.trainable)
 
   def choose(self) -> None:
+    """Takes the parameters that the recipe selects."""
     self.trainable, self.state = self.run.trainable, self.run.state
     if self.best:
       self.val, self.selected_step = self.best["val"], self.best["step"]
@@ -212,6 +218,7 @@ class Stage:
       self.val = self.scores(self.trainable, self.state, self.val_loader)
 
   def check_finite(self, checkpoints) -> None:
+    """Raises `NotFinite` if any step so far was not."""
     bad = int(self.run.nan_step)
     if bad >= 0:
       good = checkpoints.manager.latest_step() if checkpoints else None
@@ -220,6 +227,7 @@ class Stage:
                       "optim.clip=1.0, or use dtype='float32', in another workdir")
 
   def save(self, checkpoints: Checkpoints, done: int) -> None:
+    """Writes a checkpoint of the finished steps."""
     notes = {"loader": self.loader.get_state(), "best": {k: v for k, v in self.best.items() if k != "trainable"}}
     checkpoints.save(done, self.kept_arrays(), notes)
 

@@ -50,6 +50,7 @@ class Outcome(NamedTuple):
 
   @property
   def best(self) -> Candidate:
+    """The candidate that was chosen."""
     return self.candidates[0]
 
 

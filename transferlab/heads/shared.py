@@ -63,11 +63,13 @@ class Shared:
     self.rates, self.programs, self.peak = {}, {}, 0
 
   def put(self, batch: dict) -> dict:
+    """A batch on the devices, with the fold of each row where there are folds."""
     if self.folds is not None:
       batch = {**batch, "fold": self.folds[batch["index"]]}  # filling, row -1, weighs nothing
     return devices.put_batch(batch, self.mesh)
 
   def chunk_size(self, stage: int, lane: Lane, count: int) -> int:
+    """How many of `count` heads train at once in this stage; says so."""
     peak = lambda size: cost.peak_bytes(self.program(stage, lane, size)[0])
     size = chunk_size(count, peak, self.limit, self.mesh.shape["heads"])
     chunks = -(-count // size)
@@ -93,6 +95,7 @@ class Shared:
     return self.programs[stage, size]
 
   def compile(self, lane: Lane, size: int, parts: int):
+    """The step of `size` heads in `parts` micro-batches, compiled for shapes alone."""
     recipe, method = self.recipe, lane.method
     step = make_heads_step(
         method, self.backbone, recipe.optim, self.weights.preprocessing, self.num_classes, self.sharding,
@@ -103,6 +106,7 @@ class Shared:
                         remat=recipe.remat)
 
   def frozen_of(self, method: Method) -> dict:
+    """What a method sees of the backbone; nothing if it never looks."""
     return self.frozen if method.frozen else {}
 
   def settings(self, heads: list[Head]) -> dict:

@@ -51,6 +51,7 @@ def train_heads(method: Method, weights: Weights, task: data.Task, recipe: Recip
 
 
 def check(method: Method, task: data.Task, recipe: Recipe, heads: tuple, folds) -> None:
+  """Raises `ValueError` for what cannot be trained side by side, before anything is computed."""
   if "test" in task.splits:
     raise ValueError(f"task {task.name!r} has a split 'test'; selection never sees it, pass the task without it")
   needed = ("train",) if folds is not None else ("train", "val")
