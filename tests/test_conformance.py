@@ -11,6 +11,7 @@ from transferlab import backbones, methods
 from transferlab.testing import PROPERTIES, Broken, Case, Expected, Skip, check_method
 
 TINY = backbones.architecture("vit_tiny_test")
+TINY_SWIN = backbones.architecture("swin_tiny_test")
 
 
 def pooled_patches(carry, site, y, x):
@@ -92,6 +93,21 @@ VARIANTS = {
                                 size=lambda spec: spec.depth * 6 * spec.width, mergeable=False)),
 }
 
+def swin_biases(spec) -> int:
+  """As `biases`, with the tables of relative positions, the norms of patches and merges, and the final norm's."""
+  shapes = [spec.block(i) for i in range(spec.depth)]
+  tables = sum((2 * spec.window_of(i)[0] - 1) ** 2 * shape.heads for i, shape in enumerate(shapes))
+  blocks = sum(7 * shape.width + shape.mlp_width for shape in shapes)
+  merges = sum(4 * spec.width_of(stage - 1) for stage in range(1, len(spec.stages)))
+  return blocks + tables + merges + 2 * spec.embed_width + spec.width
+
+
+# Methods on the small Swin, by name or by name of a variant.
+SWIN = {
+    "linear": Expected(identity=True, size=lambda spec: 0, mergeable=True),
+    "bitfit": Expected(identity=True, size=swin_biases, mergeable=True),
+}
+
 # Small ViTs that differ in what methods have to know: class token, pooling, GELU, bias of q, k, v.
 BACKBONES = {
     "mean": dataclasses.replace(TINY, name="mean", pool="mean"),
@@ -105,6 +121,8 @@ BACKBONES = {
 @functools.cache
 def case(method: str, backbone: str) -> Case:
   """Shared by the properties, so that each program is compiled once."""
+  if backbone == "swin_tiny_test":
+    return Case(method.partition("/")[0], TINY_SWIN, SWIN[method])
   name, expected = VARIANTS.get(method) or (method, TABLE[method])
   spec = BACKBONES.get(backbone, TINY)
   if not spec.class_token and expected.identity is pooled_patches:
@@ -139,6 +157,19 @@ CHEAP = ("logits", "identity", "size", "writes_from", "isolation", "save_load", 
 @pytest.mark.parametrize("method", VARIANTS)
 def test_property_of_variants(method, name):
   check(method, "vit_tiny_test", name)
+
+
+@pytest.mark.parametrize("name", [*CHEAP, "gradient"])
+@pytest.mark.parametrize("method", SWIN)
+def test_property_on_swin(method, name):
+  check(method, "swin_tiny_test", name)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in PROPERTIES if name not in (*CHEAP, "gradient")])
+@pytest.mark.parametrize("method", SWIN)
+def test_property_on_swin_trained(method, name):
+  check(method, "swin_tiny_test", name)
 
 
 @pytest.mark.full

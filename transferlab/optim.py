@@ -12,7 +12,8 @@ from transferlab import tree
 from transferlab.config import resolve_steps
 
 OPTIMISERS = ("sgd", "adam", "adamw", "adam_keras")
-NO_DECAY = ((r"(.*/)?(bias|scale|cls|pos|patch_bias|query)", 0.0),)  # by default: biases, norms, learned tokens
+# By default: biases, norms, learned tokens and positions.
+NO_DECAY = ((r"(.*/)?(bias|scale|cls|pos|patch_bias|relative_bias|query)", 0.0),)
 SCHEDULES = ("constant", "cosine", "dtl", "noah", "vpt")
 
 

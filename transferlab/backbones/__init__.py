@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from transferlab.backbones.resnet import ResNet
-from transferlab.backbones.spec import ResNetSpec, ViTSpec
-from transferlab.backbones.vit import ViT, ignore, normalise as normalise
+from transferlab.backbones.spec import ResNetSpec, SwinSpec, ViTSpec
+from transferlab.backbones.swin import Swin
+from transferlab.backbones.vit import ViT, attention as attention, gelu as gelu, ignore, normalise as normalise
 
 # family: the class of its specs, the module that computes it
-FAMILIES = {"vit": (ViTSpec, ViT), "resnet": (ResNetSpec, ResNet)}
+FAMILIES = {"vit": (ViTSpec, ViT), "resnet": (ResNetSpec, ResNet), "swin": (SwinSpec, Swin)}
 
 
 class Backbone(NamedTuple):
@@ -25,7 +26,7 @@ class Backbone(NamedTuple):
     spec: its shape, as plain data.
     init: rng -> params, random weights.
     apply: (params, inputs, visit, carry, *, start=0, remat_from=None) -> (features [B, D], carry). `inputs` are
-      normalised images [B, S, S, 3], or with start > 0 the tokens or the map that enters that block. Blocks from
+      normalised images [B, S, S, 3], or with start > 0 the tokens or the map that left the block before. Blocks from
       `remat_from` on are recomputed in the backward pass.
   """
   spec: Any
@@ -92,6 +93,11 @@ ARCHITECTURES: dict[str, Any] = {name: _vit(name, size, patch) for name, size, p
     ("vit_b8", "b", 8), ("vit_l16", "l", 16), ("vit_l32", "l", 32), ("vit_h14", "h", 14), ("vit_h16", "h", 16),
     ("vit_g14", "g", 14), ("vit_gigantic14", "G", 14))}
 ARCHITECTURES["vit_tiny_test"] = ViTSpec("vit_tiny_test", 16, 4, 16, 3, 2, 32)  # small enough for tests of every config
+
+for _name, _width, _deep in (("t", 96, 6), ("s", 96, 18), ("b", 128, 18), ("l", 192, 18)):  # Liu et al. 2021, 3.3
+  _heads = tuple(_width // 32 * 2 ** _stage for _stage in range(4))
+  ARCHITECTURES[f"swin_{_name}"] = SwinSpec(f"swin_{_name}", 224, 4, _width, (2, 2, _deep, 2), _heads)
+ARCHITECTURES["swin_tiny_test"] = SwinSpec("swin_tiny_test", 16, 2, 8, (2, 2), (2, 4), 4)
 
 _RESNETS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # He et al. 2016 table 1
 _WIDTHS = (256, 512, 1024, 2048)

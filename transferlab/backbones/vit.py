@@ -144,6 +144,16 @@ class Block(nn.Module):
     return visit(carry, f"{block}/out", mid + y, mid)                                              # carry, [B, T, D]
 
 
+def embed_patches(images, kernel, bias, spec):
+  """Images [B, S, S, 3] as tokens [B, T, D], one per patch in rows; kernel [p, p, 3, D]."""
+  B, p, (rows, columns), D = images.shape[0], spec.patch_size, spec.grid, kernel.shape[-1]
+  if images.shape[1:] != (rows * p, columns * p, 3):
+    raise ValueError(f"images have shape {images.shape}; {spec.name} takes [B, {rows * p}, {columns * p}, 3]. "
+                     "Resize them, or load the weights at their resolution (load_weights(..., image_size=...))")
+  x = images.reshape(B, rows, p, columns, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(B * rows * columns, p * p * 3)
+  return (x @ kernel.reshape(-1, D).astype(x.dtype) + bias.astype(x.dtype)).reshape(B, rows * columns, D)
+
+
 class ViT(nn.Module):
   """The fold. `inputs` are normalised images [B, S, S, 3], or tokens [B, T, D] entering block `start` if start > 0."""
   spec: ViTSpec
@@ -164,15 +174,10 @@ class ViT(nn.Module):
     return self.pool(x, visit, carry)
 
   def embed(self, images, visit, carry):
-    spec, p = self.spec, self.spec.patch_size
-    B, (rows, columns), D = images.shape[0], spec.grid, spec.width
-    if images.shape[1:] != (rows * p, columns * p, 3):
-      raise ValueError(f"images have shape {images.shape}; {spec.name} takes [B, {rows * p}, {columns * p}, 3]. "
-                       "Resize them, or load the weights at their resolution (load_weights(..., image_size=...))")
+    spec, p, B, D = self.spec, self.spec.patch_size, images.shape[0], self.spec.width
     kernel = self.param("patch_kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), (p, p, 3, D))
     bias = self.param("patch_bias", nn.initializers.zeros, (D,))
-    x = images.reshape(B, rows, p, columns, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(B * rows * columns, p * p * 3)
-    x = (x @ kernel.reshape(-1, D).astype(x.dtype) + bias.astype(x.dtype)).reshape(B, rows * columns, D)
+    x = embed_patches(images, kernel, bias, spec)
     carry, x = visit(carry, "patch", x, images)                       # [B, T-1, D]
     if spec.class_token:
       cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, D))
