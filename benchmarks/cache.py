@@ -2,14 +2,16 @@
 
     python benchmarks/cache.py                                   ViT-B/16, 224 px, float32, CPU
     python benchmarks/cache.py --cases=linear,inca --rounds=5
+    python benchmarks/cache.py --cases=dtl --gigabytes=0.5
     python benchmarks/cache.py --device=gpu                      a bfloat16 backbone
 
 The measure is the frozen forward pass alone, the least that an epoch over images takes: images are in memory, nothing
-is decoded, no head is trained. Cached epochs are whole: batches in the loader's order, gathered from the cache, put on
-the device, a step with forward, backward and Adam. Their activations are random numbers in a cache written for the
-purpose, in memory up to 1 GiB and mapped from the disk beyond, as always. Everything is timed per image and in turn,
-round after round, so that other programs on the machine disturb all alike. Ratios are those of the best and of the
-median times and of the process's CPU time, which others disturb least.
+is decoded, no head is trained. For `dtl`, whose cache ends below its first write and whose steps compute the blocks
+above, it is its own training step on images. Cached epochs are whole: batches in the loader's order, gathered from the
+cache, put on the device, a step with forward, backward and Adam. Their activations are random numbers in a cache
+written for the purpose, in memory up to 1 GiB and mapped from the disk beyond, as always. Everything is timed per image
+and in turn, round after round, so that other programs on the machine disturb all alike. Ratios are those of the best
+and of the median times and of the process's CPU time, which others disturb least.
 """
 import argparse
 import os
@@ -22,7 +24,7 @@ def arguments():
   parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
   parser.add_argument("--backbone", default="vit_b16")
   parser.add_argument("--classes", type=int, default=100)
-  parser.add_argument("--cases", default="linear,head2toe,cls_of_all,inca")
+  parser.add_argument("--cases", default="linear,head2toe,cls_of_all,inca,dtl")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the cache")
   parser.add_argument("--gigabytes", type=float, default=1.0, help="of activations, of each case")
   parser.add_argument("--rounds", type=int, default=5)
@@ -41,13 +43,16 @@ from transferlab import backbones, cost, data, devices, features, methods, step 
 from transferlab.backbones.spec import Preprocessing  # noqa: E402
 from transferlab.backbones.weights import Weights  # noqa: E402
 from transferlab.features.cache import stores  # noqa: E402
+from transferlab.method import needed  # noqa: E402
 from transferlab.optim import Optim, make_optimiser  # noqa: E402
 from transferlab.recipe import Recipe  # noqa: E402
 
 SPEC = backbones.architecture(ARGS.backbone)
-WANTED = {"linear": 50, "head2toe": 50, "cls_of_all": 50, "inca": 10}  # times as fast as the backbone
-BATCH = {"linear": 128, "head2toe": 128, "cls_of_all": 128, "inca": 32}
+WANTED = {"linear": 1 / 50, "head2toe": 1 / 50, "cls_of_all": 1 / 50, "inca": 1 / 10, "dtl": 0.75}  # of the measure
+BATCH = {"linear": 128, "head2toe": 128, "cls_of_all": 128, "inca": 32, "dtl": 32}
+MEASURE = {"dtl": "dtl, streamed"}  # of other cases the forward pass
 FORWARD = {"cpu": 32, "gpu": 128}[ARGS.device]
+DTYPE = {"cpu": jnp.float32, "gpu": jnp.bfloat16}[ARGS.device]
 
 
 def method_of(case: str):
@@ -76,47 +81,62 @@ def written(folder: str, case: str, method):
   return features.Features(cache, weights, method.reads, "train", split), split, weights
 
 
+class Training:
+  """Training steps of one method, from whatever its batches hold."""
+
+  def __init__(self, method, params, batch: dict, preprocessing: Preprocessing):
+    self.frozen = needed(method, params, SPEC.depth, cached="activations" in batch)
+    trainable, state = method.init(jax.random.key(0), params, ARGS.classes)
+    optimiser = make_optimiser(Optim(), lambda step: 1e-3, trainable)
+    self.run = steps.start(*jax.tree.map(jnp.array, (trainable, state)), optimiser)
+    step = steps.make_step(method, backbones.build(SPEC, DTYPE), optimiser, preprocessing, ARGS.classes)
+    self.mesh = devices.make_mesh(1)
+    self.batch = devices.put_batch(batch, self.mesh)
+    self.step = steps.compile_step(step, self.run, self.frozen, self.batch)
+    self.cost = cost.of_step(self.step)
+
+  def seconds(self, batches) -> np.ndarray:
+    """Wall and CPU seconds per image of a step on each of `batches`."""
+    clock, cpu, rows = time.perf_counter(), time.process_time(), 0
+    for batch in batches:
+      rows += len(batch["weight"])
+      self.run, _ = self.step(self.run, self.frozen, devices.put_batch(batch, self.mesh))
+    jax.block_until_ready(self.run)
+    return np.array([time.perf_counter() - clock, time.process_time() - cpu]) / rows
+
+
 class Cached:
   """Epochs of one case."""
 
-  def __init__(self, folder: str, case: str):
+  def __init__(self, folder: str, case: str, params):
     method = method_of(case)
     self.kept, split, weights = written(folder, case, method)
     task = data.Task(case, tuple(map(str, range(ARGS.classes))), {"train": split})
     self.loader = features.train_loader(self.kept, task, weights, Recipe(batch_size=BATCH[case]))
-    self.mesh = devices.make_mesh(1)
-    params = backbones.abstract_params(SPEC)  # heads look at shapes only
-    trainable, state = method.init(jax.random.key(0), params, ARGS.classes)
-    optimiser = make_optimiser(Optim(), lambda step: 1e-3, trainable)
-    self.run = steps.start(*jax.tree.map(jnp.array, (trainable, state)), optimiser)
-    step = steps.make_step(method, None, optimiser, weights.preprocessing, ARGS.classes)
-    batch = devices.put_batch(next(self.loader), self.mesh)
-    self.step = steps.compile_step(step, self.run, {}, batch)
-    self.cost = cost.of_step(self.step)
+    self.training = Training(method, params, next(self.loader), weights.preprocessing)
 
   def epoch(self) -> np.ndarray:
     """Per image: seconds of an epoch, CPU seconds of it, seconds of its steps alone on one batch."""
-    count, clock, cpu = self.loader.steps_per_epoch, time.perf_counter(), time.process_time()
-    for _ in range(count):
-      batch = devices.put_batch(next(self.loader), self.mesh)
-      self.run, _ = self.step(self.run, {}, batch)
-    jax.block_until_ready(self.run)
-    whole, cpu, clock = time.perf_counter() - clock, time.process_time() - cpu, time.perf_counter()
-    for _ in range(count):
-      self.run, _ = self.step(self.run, {}, batch)
-    jax.block_until_ready(self.run)
-    return np.array([whole, cpu, time.perf_counter() - clock]) / (count * self.loader.rows_per_step)
+    count = self.loader.steps_per_epoch
+    whole = self.training.seconds(next(self.loader) for _ in range(count))
+    return np.append(whole, self.training.seconds([self.training.batch] * count)[0])
 
 
-def forward():
-  """A function that runs the frozen backbone on one batch and returns seconds per image."""
-  dtype = {"cpu": jnp.float32, "gpu": jnp.bfloat16}[ARGS.device]
-  backbone, rng = backbones.build(SPEC, dtype), np.random.default_rng(0)
-  draw = lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), dtype)
-  params = jax.tree.map(draw, backbones.abstract_params(SPEC))
+def streamed(case: str, params):
+  """A function that trains one step on a batch of images and returns seconds and CPU seconds per image."""
+  rows, rng = BATCH[case], np.random.default_rng(0)
+  batch = {"image": rng.integers(0, 256, (rows, SPEC.image_size, SPEC.image_size, 3), np.uint8),
+           "label": np.zeros(rows, np.int32), "weight": np.ones(rows, np.float32)}
+  training = Training(method_of(case), params, batch, Preprocessing(SPEC.image_size))
+  return lambda: training.seconds([batch])
+
+
+def forward(params):
+  """A function that runs the frozen backbone on one batch and returns seconds and CPU seconds per image."""
+  backbone, rng = backbones.build(SPEC, DTYPE), np.random.default_rng(0)
   images = jax.device_put(rng.integers(0, 256, (FORWARD, SPEC.image_size, SPEC.image_size, 3), np.uint8))
   run = jax.jit(lambda params, images: backbone.apply(
-      params, steps.to_inputs(images, Preprocessing(SPEC.image_size)).astype(dtype))[0])
+      params, steps.to_inputs(images, Preprocessing(SPEC.image_size)).astype(DTYPE))[0])
   run(params, images).block_until_ready()
   def once() -> np.ndarray:
     clock, cpu = time.perf_counter(), time.process_time()
@@ -126,36 +146,45 @@ def forward():
 
 
 def main() -> None:
-  load, cases = os.getloadavg()[0], ARGS.cases.split(",")
+  load, cases, rng = os.getloadavg()[0], ARGS.cases.split(","), np.random.default_rng(0)
+  draw = lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), DTYPE)
+  params = jax.tree.map(draw, backbones.abstract_params(SPEC))
+  of = {case: MEASURE.get(case, "forward") for case in cases}
   with tempfile.TemporaryDirectory() as made:
-    image, epochs = forward(), {case: Cached(ARGS.folder or made, case) for case in cases}
-    seconds = {name: [] for name in ("forward", *cases)}
-    for _ in range(ARGS.rounds + 1):  # the first is for warming up
+    measures = {name: forward(params) if name == "forward" else streamed(name.split(",")[0], params)
+                for name in dict.fromkeys(of.values())}
+    epochs = {case: Cached(ARGS.folder or made, case, params) for case in cases}
+    seconds = {name: [] for name in (*measures, *cases)}
+    for number in range(ARGS.rounds + 1):
       for case in cases:
-        seconds["forward"].append(image())
-        seconds[case].append(epochs[case].epoch())
-    first = {name: len(cases) if name == "forward" else 1 for name in seconds}
-    report(load, epochs, {name: np.array(each[first[name]:]) for name, each in seconds.items()})
+        found = measures[of[case]](), epochs[case].epoch()
+        if number:  # the first is for warming up
+          seconds[of[case]].append(found[0])
+          seconds[case].append(found[1])
+    report(load, epochs, of, {name: np.array(each) for name, each in seconds.items()})
     for case in cases:
       epochs[case].loader.close()
 
 
-def report(load: float, epochs: dict[str, Cached], seconds: dict[str, np.ndarray]) -> None:
-  best, median = seconds["forward"].min(axis=0), np.median(seconds["forward"], axis=0)
+def report(load: float, epochs: dict[str, Cached], of: dict[str, str], seconds: dict[str, np.ndarray]) -> None:
   print(f"{SPEC.name}, {ARGS.classes} classes, {ARGS.dtype} cache, {ARGS.rounds} rounds; {os.cpu_count()} cores, load "
-        f"before {load:.1f}\nforward pass, ms an image: {1e3 * best[0]:.2f} at best, {1e3 * median[0]:.2f} in the "
-        f"median, {1e3 * median[1]:.2f} of CPU time\n")
+        f"before {load:.1f}")
+  for name in dict.fromkeys(of.values()):
+    best, median = seconds[name].min(axis=0), np.median(seconds[name], axis=0)
+    print(f"{name}, ms an image: {1e3 * best[0]:.2f} at best, {1e3 * median[0]:.2f} in the median, "
+          f"{1e3 * median[1]:.2f} of CPU time")
   names = ("images", "batch", "kB/image", "where", "us/image", "step alone", "best", "median", "CPU time", "wanted",
            "MiB")
-  print(f"{'':12}" + "".join(f"{name:>11}" for name in names))
+  print(f"\n{'':12}" + "".join(f"{name:>11}" for name in names))
   for case, cached in epochs.items():
-    kept, rounds = cached.kept, seconds[case]
+    kept, rounds, whole = cached.kept, seconds[case], seconds[of[case]]
     where = "memory" if kept.resident else "disk"
-    share = lambda whole, part: f"1/{whole / part:.0f}"
+    share = lambda part: f"{part:.2f}" if part > 0.2 else f"1/{1 / part:.0f}"
     shown = (len(kept), BATCH[case], f"{kept.bytes_per_image / 1e3:,.0f}", where, f"{1e6 * rounds[:, 0].min():.0f}",
-             f"{1e6 * rounds[:, 2].min():.0f}", share(best[0], rounds[:, 0].min()),
-             share(median[0], np.median(rounds[:, 0])), share(median[1], np.median(rounds[:, 1])),
-             f"1/{WANTED[case]}", f"{cached.cost.train_peak_bytes / 2**20:.0f}")
+             f"{1e6 * rounds[:, 2].min():.0f}", share(rounds[:, 0].min() / whole[:, 0].min()),
+             share(np.median(rounds[:, 0]) / np.median(whole[:, 0])),
+             share(np.median(rounds[:, 1]) / np.median(whole[:, 1])), share(WANTED[case]),
+             f"{cached.training.cost.train_peak_bytes / 2**20:.0f}")
     print(f"{case:12}" + "".join(f"{value:>11}" for value in shown))
 
 

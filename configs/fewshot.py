@@ -6,15 +6,25 @@
 
 Published: 1, 2, 4, 8 and 16 shots (the default); seeds 0 to 2 of NOAH's lists, 1 to 3 of CoOp's draws. `seed` is that
 of the images and of the training. "fewshot/" chooses the step on val every 10 epochs, as DTL does; "coop/" takes the
-last step. A task without a slash is one of NOAH's. The rates are starting points: those published go by data set and
-shots, and are not used here.
+last step. A task without a slash is one of NOAH's. The rates are starting points.
+
+`protocol=paper` takes the published hyper-parameters, by data set and shots, for dtl and dtl_plus (110 epochs,
+drop-path 0, kernel 3; test images 256 x 256 pixels before the centre is cut), and NOAH's for lora and adapter (batches
+of 64, with mixup, CutMix, smoothed labels and erasing), all on ViT-B/16 and on NOAH's lists; for others there is an
+error. What the repositories do with images and the choice of an epoch is told when the run begins, and listed in
+configs/vtab.py. NOAH's normalisation is ImageNet's and DTL's 0.5/0.5, and the augmentation differs, too, so that
+published gaps between the two are not those of the methods alone. We choose on val, never on test.
+
+    transferlab train --config=configs/fewshot.py:method=dtl_plus,shots=4,protocol=paper,backbone=vit_b16.orig_in21k \
+        --suite=fewshot5 --workdir=runs/published
 """
 from transferlab.experiment import arguments, defaults, published
+from transferlab.papers import recipes
 
 
 def get_config(text=None):
   arg = arguments(text, task="oxford_pets", method="linear", backbone="vit_formula64", shots=16, phase="final",
-                  source="", counts="expected", seed=0)
+                  source="", counts="expected", seed=0, **recipes.ARGUMENTS)
   coop = arg.task.startswith("coop/")
   config = defaults(arg.method, data=published(arg, "fewshot", "shots", "seed", "phase", "source", "counts"),
                     backbone=arg.backbone, seed=arg.seed)
@@ -25,4 +35,6 @@ def get_config(text=None):
   config.optim.warmup = "10 percent"
   config.evaluate_every = "10 epochs"
   config.select = "last" if coop and arg.phase == "final" else "best"
+  if recipes.asked(arg):
+    recipes.apply(config, recipes.of_arguments(arg, config.data, arg.shots))
   return config

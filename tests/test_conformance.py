@@ -7,7 +7,7 @@ import functools
 
 import pytest
 
-from transferlab import backbones, methods
+from transferlab import backbones, methods, tree
 from transferlab.testing import PROPERTIES, Broken, Case, Expected, Skip, check_method
 
 TINY = backbones.architecture("vit_tiny_test")
@@ -43,6 +43,41 @@ def adapters(spec, queries: int) -> int:
   return sites * (4 * spec.width ** 2 + (5 + queries) * spec.width)
 
 
+def ladder(spec, reduction: int, rungs: int = 3) -> int:
+  """Of LST: a side block and a gate per rung, a downsample more, norm and upsample."""
+  D, d, m = spec.width, spec.width // reduction, spec.mlp_width // reduction
+  block = 4 * d * d + 2 * d * m + (9 if spec.qkv_bias else 6) * d + m + 1
+  return rungs * block + (rungs + 1) * (D * d + d) + 2 * d + d * D + D
+
+
+def modules(spec, size: int) -> int:
+  """Of NOAH: prompts, LoRA and an adapter of one size in every block."""
+  return spec.depth * (size * (7 * spec.width + 1) + spec.width)
+
+
+def pairs(spec) -> int:
+  """Of SSF: twice the biases of all blocks, 2 D behind the patches, behind their norm and behind the last norm."""
+  shapes = [spec.block(i) for i in range(spec.depth)]
+  blocks = sum((14 if spec.qkv_bias else 11) * shape.width + 2 * shape.mlp_width for shape in shapes)
+  return blocks + (4 if spec.family == "swin" else 2) * shapes[0].width + 2 * spec.width
+
+
+def bottlenecks(spec, bias: bool = True) -> int:
+  """Of Adapter and AdaptFormer: down to 8 and up again in every block."""
+  widths = [spec.block(i).width for i in range(spec.depth)]
+  return sum(2 * 8 * D + bias * (8 + D) for D in widths)
+
+
+def factors(spec, rank: int) -> int:
+  """Of FacT: U and V of every stage."""
+  return sum(2 * rank * D for D in {spec.block(i).width for i in range(spec.depth)})
+
+
+def squares(spec) -> int:
+  """Of FacT: D x D pieces of all dense layers."""
+  return spec.depth * (4 + 2 * spec.block(0).mlp_width // spec.block(0).width)
+
+
 # Sizes are the papers' formulas. Costs are a few per cent above what the tiny backbone takes: 1.00, 3.35, 2.47, 2.89,
 # 1.49, 1.13, 1.58, 1.15, 1.05 times its forward pass.
 TABLE = {
@@ -53,7 +88,17 @@ TABLE = {
                        cost=2.6),
     "lora": Expected(identity=True, still={"dropout": 0.0}, size=lambda spec: spec.depth * 4 * spec.width * 8,
                      mergeable=True, cost=3.0),
+    "adapter": Expected(identity=True, still={"dropout": 0.0}, size=bottlenecks, mergeable=False, cost=2.3),
+    "adaptformer": Expected(options={"dropout": 0.0}, identity=True, size=bottlenecks, mergeable=False, cost=2.3),
+    "fact_tt": Expected(options={"rank": 4}, identity=True, still={"dropout": 0.0}, mergeable=True, cost=3.9,
+                        size=lambda spec: factors(spec, 4) + 16 * squares(spec)),
+    "fact_tk": Expected(options={"rank": 4, "dropout": 0.0}, identity=True, mergeable=True, cost=3.9,
+                        size=lambda spec: factors(spec, 4) + 64 + 4 * squares(spec)),
     "dtl": Expected(identity=pooled_patches, size=lambda spec: spec.depth * 4 * spec.width, mergeable=False, cost=1.6),
+    "dtl_plus": Expected(options={"kernel": 3}, identity=pooled_patches, mergeable=False, cost=1.7,
+                         size=lambda spec: (spec.depth * 4 + 9) * spec.width),
+    "dtl_plus_star": Expected(options={"kernel": 3}, identity=pooled_patches, mergeable=False, cost=2.3,
+                              size=lambda spec: (spec.depth * 4 + 9) * spec.width),
     "inca": Expected(size=lambda spec: adapters(spec, 1), mergeable=False, cost=1.2),
     "open_inca": Expected(size=lambda spec: adapters(spec, 5), mergeable=False, cost=1.65),
     "all_features": Expected(options={"target_size": 64}, size=lambda spec: 0, mergeable=False, cost=1.2),
@@ -64,6 +109,15 @@ TABLE = {
     "head2toe_given": Expected(options={"target_size": 64, "kept": tuple(range(3, 300, 7)), "source": "other"},
                                size=lambda spec: 0, mergeable=False, cost=1.1),
     "scratch": Expected(size=everything, mergeable=True, cost=3.5),
+    "ssf": Expected(size=pairs, mergeable=True, cost=2.55),
+    "vpt_shallow": Expected(options={"prompts": 3}, still={"dropout": 0.0}, size=lambda spec: 3 * spec.width,
+                            mergeable=False, cost=2.8),
+    "vpt_deep": Expected(options={"prompts": 3}, still={"dropout": 0.0}, mergeable=False, cost=2.7,
+                         size=lambda spec: 3 * spec.width * spec.depth),
+    "noah": Expected(still={"dropout": 0.0}, size=lambda spec: modules(spec, 5), mergeable=False, cost=4.5),
+    "noah_search": Expected(options={"choices": (2,), "depths": (1,), "dropout": 0.0}, mergeable=False, cost=4.5,
+                            size=lambda spec: modules(spec, 2) // spec.depth),  # what is found: the first block alone
+    "lst": Expected(options={"reduction": 4}, size=lambda spec: ladder(spec, 4), mergeable=False, cost=1.6),
 }
 
 # Other forms of the same methods, under their own names.
@@ -89,6 +143,16 @@ VARIANTS = {
                                                 size=lambda spec: 0, mergeable=False)),
     "head2toe_ft/baseline": ("head2toe_ft", Expected(options={"sites": "pooled", "fraction": 1.0}, size=everything,
                                                      mergeable=False)),
+    "lst/options": ("lst", Expected(options={"reduction": 2, "init": "random", "readout": "mean", "layers": (0, 2)},
+                                    size=lambda spec: ladder(spec, 2, 2), mergeable=False)),
+    "adaptformer/plain": ("adaptformer", Expected(options={"bias": False, "dropout": 0.0}, identity=True,
+                                                  size=lambda spec: bottlenecks(spec, False), mergeable=False)),
+    "fact_tk/released": ("fact_tk", Expected(
+        options={"rank": 3, "scale": 0.5, "dropout": 0.0, "compat": "released"}, identity=True, mergeable=True,
+        size=lambda spec: factors(spec, 3) + 27 + 3 * squares(spec))),
+    "dtl_plus/options": ("dtl_plus", Expected(
+        options={"kernel": 4, "activation": "identity", "rank": 1, "first_read": 1, "first_write": 2},
+        identity=pooled_patches, size=lambda spec: (2 * 2 + 16) * spec.width, mergeable=False)),
     "dtl/cls": ("dtl", Expected(options={"readout": "cls", "first_write": 1, "rank": 3}, identity=True,
                                 size=lambda spec: spec.depth * 6 * spec.width, mergeable=False)),
 }
@@ -102,10 +166,37 @@ def swin_biases(spec) -> int:
   return blocks + tables + merges + 2 * spec.embed_width + spec.width
 
 
+def all_parameters(spec) -> int:
+  return sum(leaf.size for leaf in tree.flatten(backbones.abstract_params(spec)).values())
+
+
+def swin_adapters(spec, queries: int) -> int:
+  """As `adapters`, at every block's width, and at the norm's."""
+  widths = [*(spec.block(i).width for i in range(spec.depth)), spec.width]
+  return sum(4 * D ** 2 + (5 + queries) * D for D in widths)
+
+
 # Methods on the small Swin, by name or by name of a variant.
 SWIN = {
     "linear": Expected(identity=True, size=lambda spec: 0, mergeable=True),
     "bitfit": Expected(identity=True, size=swin_biases, mergeable=True),
+    "head2toe": TABLE["head2toe"]._replace(cost=None),
+    "dtl": Expected(options={"first_write": 3}, identity=True, size=lambda spec: 2 * 8 * spec.width, mergeable=False),
+    "dtl_plus": Expected(options={"first_write": 3, "kernel": 3}, identity=True, mergeable=False,
+                         size=lambda spec: (2 * 8 + 9) * spec.width),
+    "dtl_plus_star": Expected(options={"kernel": 3}, identity=True, mergeable=False,
+                              size=lambda spec: (2 * 8 + 9) * (spec.width_of(0) + spec.width_of(1))),
+    "lora": Expected(options={"dropout": 0.0}, identity=True, mergeable=True,
+                     size=lambda spec: sum(32 * spec.block(i).width for i in range(spec.depth))),
+    "adapter": TABLE["adapter"]._replace(options={"dropout": 0.0}, still={}, cost=None),
+    "adaptformer": TABLE["adaptformer"]._replace(cost=None),
+    "fact_tt": TABLE["fact_tt"]._replace(options={"rank": 4, "dropout": 0.0}, still={}, cost=None),
+    "fact_tk": TABLE["fact_tk"]._replace(cost=None),
+    "ssf": Expected(size=pairs, mergeable=True),
+    "vpt_shallow": Expected(options={"prompts": 3}, still={"dropout": 0.0}, size=lambda spec: 3 * spec.embed_width,
+                            mergeable=False),
+    "vpt_deep": Expected(options={"prompts": 3}, still={"dropout": 0.0}, mergeable=False,
+                         size=lambda spec: sum(3 * spec.block(i).width for i in range(spec.depth))),
 }
 
 # Small ViTs that differ in what methods have to know: class token, pooling, GELU, bias of q, k, v.
@@ -122,7 +213,7 @@ BACKBONES = {
 def case(method: str, backbone: str) -> Case:
   """Shared by the properties, so that each program is compiled once."""
   if backbone == "swin_tiny_test":
-    return Case(method.partition("/")[0], TINY_SWIN, SWIN[method])
+    return Case(method.partition("/")[0], TINY_SWIN, (SWIN | SWIN_OTHERS)[method])
   name, expected = VARIANTS.get(method) or (method, TABLE[method])
   spec = BACKBONES.get(backbone, TINY)
   if not spec.class_token and expected.identity is pooled_patches:
@@ -162,6 +253,25 @@ def test_property_of_variants(method, name):
 @pytest.mark.parametrize("name", [*CHEAP, "gradient"])
 @pytest.mark.parametrize("method", SWIN)
 def test_property_on_swin(method, name):
+  check(method, "swin_tiny_test", name)
+
+
+# Methods that know nothing of blocks: on a Swin only with --full.
+SWIN_OTHERS = {
+    "full": Expected(identity=True, size=all_parameters, mergeable=True),
+    "scratch": Expected(size=all_parameters, mergeable=True),
+    "mlp3": TABLE["mlp3"]._replace(cost=None),
+    "inca": Expected(size=lambda spec: swin_adapters(spec, 1), mergeable=False),
+    "open_inca": Expected(size=lambda spec: swin_adapters(spec, 5), mergeable=False),
+    "head2toe_ft": TABLE["head2toe_ft"]._replace(size=all_parameters, cost=None),
+    **{name: TABLE[name]._replace(cost=None) for name in ("all_features", "head2toe_layers", "head2toe_given")},
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", PROPERTIES)
+@pytest.mark.parametrize("method", SWIN_OTHERS)
+def test_property_on_swin_of_others(method, name):
   check(method, "swin_tiny_test", name)
 
 

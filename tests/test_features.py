@@ -412,8 +412,8 @@ def test_a_split_is_evaluated_as_it_is_whatever_its_name(tmp_path, tiny_weights,
 # When there is none
 
 @pytest.mark.parametrize("method, how, message", [
-    ("dtl", {}, "dtl writes into the backbone from block .* of 3 on.*these only read: linear, .*head2toe"),
-    ("full", {}, "full writes into the backbone from block 0 of 3"),
+    ("full", {}, "full writes into the backbone from block 0 of 3 on and says nothing of what it reads below, .*these "
+     "train from a cache: linear, .*dtl.*head2toe"),
     ("linear", {"augmentation": "flip"}, "'flip' is random, .*keep several with views=4, or use augmentation='none'"),
     ("linear", {"drop_path": 0.1}, "drop_path 0.1 is random, .*views=4"),
     ("linear", {"augmentation": "timm"}, "'timm' mixes the images of a batch"),
@@ -565,8 +565,8 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
   result = json.loads((tmp_path / "run" / "result.json").read_text())
   assert result["cached"] == {"dtype": "float32", "views": 0}
   with pytest.raises(SystemExit):
-    cli.main([*common[:-1], "--method=dtl"])
-  assert "dtl writes into the backbone" in capsys.readouterr().err
+    cli.main([*common[:-1], "--method=lora"])
+  assert "lora writes into the backbone" in capsys.readouterr().err
 
 
 def test_costs_are_those_of_the_head(tiny_spec):

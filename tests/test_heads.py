@@ -303,21 +303,23 @@ def test_chunks_make_no_difference(tiny_weights, tiny_task, whole, capsys, monke
   monkeypatch.setattr(Shared, "compile", lambda self, lane, size, parts: (
       compiled.append(size), inner(self, lane, size, parts))[1])
   five = probes(tiny_weights, tiny_task, SIX[:5], memory_limit=int(0.6 * whole.peak_bytes),
-                finished=lambda first, scores: told.append((first, scores)))
+                finished=lambda first, chunk: told.append((first, chunk)))
   assert five.chunks == [2, 2, 1] or five.chunks == [3, 2]
   assert len(compiled) == len(set(compiled)) <= 4
   alike(five, whole._replace(heads=tuple(SIX[:5]), scores=whole.scores[:5],
                              trainable=jax.tree.map(lambda leaf: leaf[:5], whole.trainable)))
   assert [first for first, _ in told] == np.cumsum([0, *five.chunks[:-1]]).tolist()
-  assert sum((scores for _, scores in told), []) == five.scores
+  assert sum((chunk.scores for _, chunk in told), []) == five.scores
+  assert min(chunk.step_seconds for _, chunk in told) > 0
+  assert five.step_seconds == pytest.approx(np.mean([chunk.step_seconds for _, chunk in told]))
   assert five.peak_bytes <= 0.6 * whole.peak_bytes
 
 
 def test_a_chunk_that_fails_leaves_those_before_it(tiny_weights, tiny_task, whole, monkeypatch):
   told = []
   monkeypatch.setattr("transferlab.heads.shared.chunk_size", lambda *arguments: 3)
-  def finished(first, scores):
-    told.append(scores)
+  def finished(first, chunk):
+    told.append(chunk.scores)
     monkeypatch.setattr(Shared, "put", lambda self, batch: 1 / 0)
   with pytest.raises(ZeroDivisionError):
     probes(tiny_weights, tiny_task, finished=finished)

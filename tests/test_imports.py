@@ -26,6 +26,7 @@ LAYERS = [  # from the top to the bottom; modules of one layer do not import eac
     "experiment serve inform testing",
     "heads",
     "train",
+    "search",
     "stage",
     "evaluate checkpoint cost workdir",
     "features",

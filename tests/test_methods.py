@@ -16,13 +16,11 @@ import pytest
 
 import transferlab as tl
 from transferlab import backbones, data, methods, tree
-from transferlab.backbones.spec import Preprocessing, ViTSpec
-from transferlab.backbones.weights import Weights, names
-from transferlab.checkpoint import load_adapter, save_adapter
+from transferlab.backbones.spec import ViTSpec
+from transferlab.backbones.weights import names
+from transferlab.checkpoint import load_adapter
 from transferlab.method import Context, chain, forward, predict, sizes, stages, visitor
 from transferlab.methods import classifier
-from transferlab.optim import Optim, make_optimiser
-from transferlab.step import compile_step, make_step, start
 
 GOLDEN = ViTSpec("golden", 32, 8, 32, 4, 4, 128)
 VIT_B16 = backbones.architecture("vit_b16")
@@ -56,11 +54,6 @@ def head(arrays, prefix):
 
 # Our trainable of each original's parameters, or of their gradients: torch holds (out, in), we (in, out).
 
-def dtl_trainable(arrays, prefix):
-  pair = lambda i: {k: arrays[f"{prefix}lora_dict.{i}.lora_{k.upper()}"].T for k in "ab"}
-  return {"side": {f"block_{i:02d}": pair(i) for i in range(4)}, "classifier": head(arrays, prefix)}
-
-
 def lora_qv_trainable(arrays, prefix):
   of = lambda i, p, which: arrays[f"{prefix}blocks.{i}.attn.lora_{p}.adapter_{which}.weight"].T
   blocks = {f"block_{i:02d}": {p: {"a": of(i, p, "down"), "b": of(i, p, "up")} for p in "qv"} for i in range(4)}
@@ -75,7 +68,6 @@ def lora_fused_trainable(arrays, prefix):
 QV = {"rank": 4, "scale": 0.5, "dropout": 0.0}
 FUSED = {"rank": 4, "form": "fused", "dropout": 0.0}
 GOLDENS = [
-    ("dtl_vit", "dtl", {"rank": 2, "first_write": 3}, dtl_trainable),
     ("lora_qv_petlvit", "lora", QV, lora_qv_trainable),
     ("lora_qv_petlvit", "lora", {**QV, "space": "weights"}, lora_qv_trainable),
     ("lora_qkv_noah", "lora", FUSED, lora_fused_trainable),
@@ -127,31 +119,6 @@ def test_merged_lora_gives_the_golden_logits(golden, file, options, trainable_of
   close({"": classifier.apply(trainable["classifier"], features)}, {"": arrays["logits_f64"]})
 
 
-def test_five_steps_of_dtl(golden):
-  """Five AdamW steps from the authors' initialisation, through the real step and optimiser."""
-  arrays = read(golden("dtl_and_petl/train5_dtl_vit.npz"))
-  spec = ViTSpec("golden", 56, 4, 32, 4, 4, 128)
-  frozen, trainable = native(arrays, "init/"), jax.tree.map(jnp.array, dtl_trainable(arrays, "init/"))
-  method, backbone = methods.build("dtl", spec, first_write=3), backbones.build(spec)
-  rates = jnp.asarray(arrays["lrs"], jnp.float32)
-  optimiser = make_optimiser(Optim(weight_decay=0.05, decay=((".*bias", 0.0),)), lambda step: rates[step], trainable)
-  # The golden images are normalised already. A step divides pixels by 255 and by std: 1/255 gives them back to 1 ulp.
-  preprocessing = Preprocessing(56, mean=(0.0,) * 3, std=(1 / 255,) * 3)
-  step, run = make_step(method, backbone, optimiser, preprocessing, 10), start(trainable, {}, optimiser)
-  compiled = None
-  for t in range(5):
-    rows = slice(4 * t, 4 * t + 4)
-    batch = {"image": jnp.asarray(arrays["images"][rows].transpose(0, 2, 3, 1)), "weight": jnp.ones(4),
-             "label": jnp.asarray(arrays["labels"][rows], jnp.int32)}
-    compiled = compiled or compile_step(step, run, frozen, batch)
-    run, metrics = compiled(run, frozen, batch)
-    assert abs(float(metrics["loss"]) - arrays["losses"][t]) < 1e-6
-    if t == 0:  # at the start only B and the classifier have a gradient (Adam's first moment is a tenth of it)
-      norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for n, g in arrays.items() if n.startswith("grad0/")))
-      assert abs(float(metrics["grad_norm"]) - norm) < 1e-6 * max(1, norm)
-    close(run.trainable, dtl_trainable(arrays, f"step{t + 1}/"))
-
-
 # --- Sizes ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, options, expected", [
@@ -162,17 +129,6 @@ def test_published_sizes_on_vit_b16(name, options, expected):
   assert found.trainable_without_classifier == expected
   assert found.trainable == expected + 100 * 768 + 100
   assert found.frozen == 85_798_656 and found.state == 0
-
-
-def test_a_dtl_adapter_of_vit_b16_is_below_a_megabyte(tmp_path):
-  method = methods.build("dtl", VIT_B16)
-  trainable, state = method.init(jax.random.key(0), None, 100)
-  weights = Weights(VIT_B16, {}, None, Preprocessing(224), "vit_b16", "random", "0" * 64)
-  class_names = [f"class {i}" for i in range(100)]
-  save_adapter(tmp_path / "a.safetensors", method, trainable, state, weights=weights, class_names=class_names)
-  size = (tmp_path / "a.safetensors").stat().st_size
-  assert 4 * (36_864 + 76_900) < size < 1e6
-  chex.assert_trees_all_equal(load_adapter(tmp_path / "a.safetensors").trainable, jax.tree.map(np.asarray, trainable))
 
 
 # --- Where gradients go ---------------------------------------------------------------------------------------------
@@ -211,15 +167,6 @@ def test_no_cotangent_below_the_first_write(tiny_spec, name, options, blocks):
 
 # --- Initialisation and options -------------------------------------------------------------------------------------
 
-def test_initialisation_of_dtl():
-  side = methods.build("dtl", VIT_B16).init(jax.random.key(0), None, 10)[0]["side"]
-  a = np.stack([pair["a"] for pair in side.values()])
-  chex.assert_shape(a, (12, 768, 2))
-  assert 0.99 * 768 ** -0.5 < np.abs(a).max() <= 768 ** -0.5
-  np.testing.assert_allclose(a.std(), 768 ** -0.5 / 3 ** 0.5, rtol=0.02)
-  assert not any(np.any(pair["b"]) for pair in side.values())
-
-
 def test_initialisation_of_lora():
   spec = backbones.architecture("vit_s16", depth=2)
   def pairs(**options):
@@ -241,13 +188,9 @@ def test_initialisation_of_lora():
     ("lora", {"rnk": 4}, "no option 'rnk'; nearest: rank"),
     ("bitfit", {"rank": 4}, "no option 'rank'; it has none"),
     ("lora", {"form": "qkv"}, "expected form 'qv' or 'fused'"),
-    ("lora", {"rank": 0}, "rank is 0; expected 1 to the width, 16"),
+    ("lora", {"rank": 0}, "rank is 0; expected 1 to the smallest block's width, 16"),
     ("lora", {"space": "weights"}, "set dropout=0 with space='weights'"),
     ("lora", {"compat": "noah"}, "set form='fused'"),
-    ("dtl", {"first_write": 4}, "first_write is 4; expected 1 to the depth, 3"),
-    ("dtl", {"first_write": 0}, "first_write is 0"),
-    ("dtl", {"readout": "mena"}, "expected 'mean' or 'cls'"),
-    ("dtl", {"rank": 17}, "expected 1 to the width, 16"),
     ("linear", {"site": "block_1/out"}, "nearest: block_01/out"),
     ("linear", {"tokens": "max"}, "expected 'cls' or 'mean'"),
     ("linear", {"site": "patch"}, "no class token; use tokens='mean'")])

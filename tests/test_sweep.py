@@ -9,7 +9,7 @@ from engine import contents, write_images
 from transferlab import choice, cli, data, devices, experiment, grid, methods, sweep
 from transferlab.backbones.weights import save_weights
 from transferlab.data.entries import Entry, Source
-from transferlab.heads import Score
+from transferlab.heads import Score, Trained
 from transferlab.method import sizes
 
 CONFIG = '''
@@ -55,7 +55,9 @@ def heads(monkeypatch):
       self.calls.append(heads)
       self.cached.append((method.name, loaders is not None))
       for first in range(0, len(heads), self.chunk):
-        finished(first, [self.score(head, method) for head in heads[first:first + self.chunk]])
+        some = tuple(heads[first:first + self.chunk])
+        scores = [self.score(head, method) for head in some]
+        finished(first, Trained(method, some, None, None, scores, [len(some)], 7, None, 0.5))
   fake = Fake()
   fake.calls, fake.cached = [], []
   monkeypatch.setattr(sweep, "train_heads", fake)
@@ -249,7 +251,7 @@ def test_an_interrupted_sweep_goes_on_where_its_ledger_ends(place, tmp_path, hea
   heads.calls, heads.score = [], score
   again = chosen(place, tmp_path, values, folds=2)
   assert [[(head.lr, head.fold) for head in call] for call in heads.calls] == [[(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 1)]]
-  plain = lambda outcome: [{k: v for k, v in row.items() if k != "seconds"} for row in outcome.rows]
+  plain = lambda outcome: [{k: v for k, v in row.items() if k not in ("seconds", "heads")} for row in outcome.rows]
   assert again.candidates == whole.candidates and plain(again) == plain(whole)
 
 
@@ -362,8 +364,10 @@ def test_every_point_scores_what_training_it_alone_scores(place, trained):
     row = outcome.rows[point]
     assert row["val"]["accuracy"] == alone["val"]["accuracy"]
     assert row["val"]["loss"] == pytest.approx(alone["val"]["loss"], abs=1e-6)
+    assert row["heads"] == 4 and row["from_cache"] is False
+    assert 0 < row["step_seconds"] < row["seconds"] and row["train_peak_bytes"] > 0
     # Everything that was asked for is in the row, and the same but for the split that is left out.
-    assert {key for key in row if key in alone and row[key] != alone[key]} - {"seconds"} == {
+    assert {key for key in row if key in alone and row[key] != alone[key]} - {"seconds", "train_peak_bytes"} == {
         "val", "test", "split_hash", "protocol"}
 
 
@@ -412,9 +416,9 @@ def test_folds_hold_out_each_training_image_once_and_the_cache_changes_nothing(p
 def test_a_method_that_writes_is_swept_from_images_beside_one_that_reads(place, tmp_path, heads):
   heads.score = lambda head, method: {"": Score(float(method.name == "lora"), 1.0, None, 6, 6)}
   own = config(place, features=str(tmp_path / "features"))
-  outcome = chosen(place, tmp_path, {"method": ["linear", "lora", "head2toe", "head2toe_ft"]}, config=own)
+  outcome = chosen(place, tmp_path, {"method": ["linear", "lora", "dtl", "head2toe", "head2toe_ft"]}, config=own)
   assert outcome.best.values == {"method": "lora"}
-  assert heads.cached == [("linear", True), ("lora", False), ("head2toe", True), ("head2toe_ft", False)]
+  assert heads.cached == [("linear", True), ("lora", False), ("dtl", True), ("head2toe", True), ("head2toe_ft", False)]
   best = json.loads((tmp_path / "sweep" / "best.json").read_text())["config"]
   assert (best["method"], best["features"], best["options"]["rank"]) == ("lora", "", 8)
 

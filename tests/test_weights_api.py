@@ -3,6 +3,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -328,7 +329,8 @@ def test_zoo_is_small_and_its_names_say_what_they_are():
     assert kind in ("hf", "bundled") and where and entry.data and entry.head
     if entry.architecture:
       spec = ARCHITECTURES[entry.architecture]
-      assert name.split(".")[0] == entry.architecture and f"patch{spec.patch_size}_{spec.image_size}" in where
+      assert name.split(".")[0] == entry.architecture
+      assert re.search(rf"patch{spec.patch_size}_(window\d+_)?{spec.image_size}\b", where)
       assert entry.preprocessing.image_size == spec.image_size
 
 

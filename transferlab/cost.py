@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from transferlab import backbones, features
 from transferlab.backbones.spec import Preprocessing
-from transferlab.method import Method, predict, sizes
+from transferlab.method import Method, needed, predict, sizes
 from transferlab.optim import Optim, make_optimiser
 from transferlab.step import compile_step, inputs_of, make_step, start
 
@@ -101,7 +101,7 @@ def _arguments(spec, method: Method, num_classes: int, batch_size: int, dtype, c
   """Shapes of what a step takes: (run, frozen, batch)."""
   whole = backbones.abstract_params(spec)
   cast = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype)
-  frozen = jax.tree.map(cast, whole) if method.frozen and not cached else {}
+  frozen = jax.tree.map(cast, needed(method, whole, spec.depth, cached))
   trainable, state = jax.eval_shape(lambda rng, p: method.init(rng, p, num_classes), jax.random.key(0), whole)
   optimiser = make_optimiser(Optim(), lambda step: 1e-3, trainable)
   run = jax.eval_shape(lambda t, s: start(t, s, optimiser), trainable, state)
@@ -118,8 +118,8 @@ def of(spec, method: Method, num_classes: int, *, batch_size: int = 32, dtype=jn
 
   Args:
     dtype: in which the backbone computes, and its frozen parameters are.
-    cached: the costs of training from cached activations, float32, without the backbone; the method has to be one that
-      only reads.
+    cached: the costs of training from cached activations, float32, without the part of the backbone that they stand
+      for; the method has to be one that says what it reads, see `features.cacheable`.
 
   Returns:
     trainable, trainable_without_classifier, state, frozen: numbers of parameters; forward_flops and train_flops of one

@@ -18,6 +18,7 @@ import ml_collections
 from transferlab import config as config_lib
 from transferlab import data, methods, tree
 from transferlab.backbones.weights import Weights, load_weights, with_logits
+from transferlab.progress import say
 from transferlab.recipe import Recipe
 from transferlab.train import Fit, fit
 from transferlab.tree import nearest
@@ -53,10 +54,13 @@ class Experiment:
 
 
 # Starting points: small heads take large steps, whole backbones small ones.
-LEARNING_RATES = {"linear": 1e-2, "mlp3": 3e-3, "full": 3e-5, "bitfit": 3e-3, "lora": 1e-3, "dtl": 3e-3, "inca": 3e-3,
-                  "open_inca": 3e-3, "all_features": 1e-2, "head2toe": 1e-2, "head2toe_layers": 1e-2,
-                  "head2toe_given": 1e-2, "head2toe_ft": 1e-4}
+LEARNING_RATES = {"linear": 1e-2, "mlp3": 3e-3, "full": 3e-5, "bitfit": 3e-3, "lora": 1e-3, "ssf": 5e-3, "dtl": 3e-3,
+                  "dtl_plus": 3e-3, "dtl_plus_star": 3e-3, "inca": 3e-3, "open_inca": 3e-3, "all_features": 1e-2,
+                  "head2toe": 1e-2, "head2toe_layers": 1e-2, "head2toe_given": 1e-2, "head2toe_ft": 1e-4}
 LR_FACTORS = {"head2toe_ft": (("classifier/.*", 100.0),)}  # its rate is the backbone's
+# Of a recipe, what is told of every run, default or not.
+TOLD = ("duration", "batch_size", "optim/name", "optim/lr", "optim/schedule", "optim/warmup", "optim/weight_decay",
+        "augmentation", "drop_path", "drop_last", "select")
 
 
 def defaults(method: str = "linear", **changes) -> ml_collections.ConfigDict:
@@ -197,6 +201,14 @@ def parse(config) -> tuple[Experiment, dict, Recipe]:
   return experiment, options, config_lib.fill(Recipe, {k: v for k, v in values.items() if k in recipe})
 
 
+def described(recipe: Recipe, options: dict) -> str:
+  """What a recipe is in the first place, what else it has unlike the default one, and the options, in a line."""
+  values, usual = (tree.flatten(dataclasses.asdict(each)) for each in (recipe, Recipe()))
+  shown = {name: value for name, value in values.items() if name in TOLD or value != usual[name]}
+  shown |= {f"options/{name}": value for name, value in options.items()}
+  return ", ".join(f"{name.replace('/', '.')} {value}" for name, value in shown.items())
+
+
 def weights_of(experiment: Experiment) -> Weights:
   """The weights that an experiment asks for, at its resolution and with its preprocessing."""
   weights = load_weights(experiment.backbone, architecture=experiment.architecture or None,
@@ -206,8 +218,10 @@ def weights_of(experiment: Experiment) -> Weights:
 
 
 def run(config: Any, workdir=None, quiet: bool = False) -> Fit:
-  """Loads weights and data and trains; see `train.fit`."""
+  """Loads weights and data and trains; see `train.fit`. The recipe is told first, the whole of it in config.json."""
   experiment, options, recipe = parse(config)
+  if not quiet:
+    say(f"recipe: {described(recipe, options)}")
   task = data.from_string(experiment.data, experiment.data_dir)
   return fit(weights_of(experiment), experiment.method, task, recipe, options=options, workdir=workdir,
              features=experiment.features, quiet=quiet)

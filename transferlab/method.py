@@ -74,11 +74,17 @@ class Method(NamedTuple):
     readout: (trainable, features [B, D], carry, ctx) -> logits [B, C] float32.
     loss: (trainable, outputs, ctx) -> scalar.
     reads: {slot: Read}, in the order of the forward pass, what a run from cached activations needs. A method with a
-      visitor of its own reads unreduced sites.
+      visitor of its own reads unreduced sites; one that writes, all that its visitor uses below block `writes_from`,
+      and as the last one what leaves the block before that one, where its run from a cache goes on.
     reference: sites of a second, frozen pass that ctx shall hold.
     writes_from: index of the first block whose computation depends on trainable; the depth if none does.
     merge: (trainable, frozen) -> frozen', the same classifier on a plain backbone; None where mathematics forbids it.
     frozen: False if the method never looks at the frozen parameters after init, so that no second copy is kept.
+    recipe: what the recipe is to be for this stage alone, {"duration": "500 epochs", "optim": {"lr": 5e-4}}; see
+      `recipe.changed`. Heads trained side by side share one recipe and know none of a stage's own.
+    search: (trainable, state, score) -> state, called when this stage is trained and before `then`. score([vary, …]) ->
+      [accuracy on the validation split] with ctx.vary set to each of these, {name: array} of equal shapes; they are
+      evaluated side by side. Its randomness comes from `state`, so that a resumed run searches as before.
     then: (trainable, state) -> the Method of the next stage, or None.
     varies: options, numbers, that `loss` and `readout` take from ctx.vary where they are there: parallel heads may
       differ in them and still share one program.
@@ -102,6 +108,8 @@ class Method(NamedTuple):
   reference: tuple = ()
   merge: Callable | None = None
   frozen: bool = True
+  recipe: dict = {}
+  search: Callable | None = None
   then: Callable | None = None
   varies: tuple = ()
   members: Callable | None = None
@@ -147,7 +155,8 @@ def visitor(method: Method, trainable, ctx: Context):
 
 
 def replay(visit, carry, activations: dict):
-  """Visits cached sites in order; returns the carry and the last site's value, which enters the backbone at `start`."""
+  """Visits cached sites {site: y} in order; returns the carry and what the visitor made of the last one, which enters
+  the backbone at `start`."""
   y = None
   for site, value in activations.items():
     carry, y = visit(carry, site, value, None)
@@ -189,32 +198,49 @@ def forward(method: Method, backbone: Backbone | None, trainable, inputs, ctx: C
   """One forward pass of an adapted backbone.
 
   Args:
-    inputs: normalised images [B, S, S, 3]; or, for a method that only reads, its cached activations {slot: [B, …]},
-      which need no backbone.
-    drop_path_rate: stochastic depth of the last block; acts in training only.
+    inputs: normalised images [B, S, S, 3]; or cached activations {slot: [B, …]} of what the method reads, from which
+      one that only reads needs no backbone, and one that writes enters it at block `writes_from`.
+    drop_path_rate: stochastic depth of the last block; acts in training only, and only in blocks that are computed.
     remat: recompute the adapted blocks in the backward pass instead of keeping their activations.
   """
-  if isinstance(inputs, dict):
-    return _from_cache(method, trainable, inputs, ctx)
-  if method.reference:
+  cached, start, features = isinstance(inputs, dict), 0, None
+  if method.reference and not cached:
     _, seen = backbone.apply(ctx.frozen, inputs, record(*method.reference), {})
     ctx = ctx._replace(reference=seen)
   visit, carry = visitor(method, trainable, ctx)
-  if ctx.train and drop_path_rate:
-    visit = chain(drop_path(jax.random.fold_in(ctx.rng, 0), drop_path_rate, backbone.spec.depth), visit)
-  features, carry = backbone.apply(method.weights(trainable, ctx.frozen), inputs, visit, carry,
-                                   remat_from=method.writes_from if remat else None)
+  goes_on = not cached or backbone is not None and method.writes_from < backbone.spec.depth
+  if cached:
+    start = method.writes_from
+    carry, inputs = _replayed(method, visit, carry, inputs, backbone.dtype if goes_on else jnp.float32)
+  if goes_on:
+    if ctx.train and drop_path_rate:
+      visit = chain(drop_path(jax.random.fold_in(ctx.rng, 0), drop_path_rate, backbone.spec.depth), visit)
+    features, carry = backbone.apply(method.weights(trainable, ctx.frozen), inputs, visit, carry, start=start,
+                                     remat_from=method.writes_from if remat else None)
   carry = method.finish(trainable, carry, ctx)
   return Outputs(method.readout(trainable, features, carry, ctx), features, carry)
 
 
-def _from_cache(method: Method, trainable, activations: dict, ctx: Context) -> Outputs:
-  carry = {slot: activations[slot].astype(jnp.float32) for slot in method.reads}  # stored as bfloat16, perhaps
-  if method.visit is not None:
-    sites = {read.site: carry[slot] for slot, read in method.reads.items()}
-    carry, _ = replay(method.visit(trainable, ctx), method.carry, sites)
-  carry = method.finish(trainable, carry, ctx)
-  return Outputs(method.readout(trainable, None, carry, ctx), None, carry)
+def _replayed(method: Method, visit, carry, activations: dict, dtype):
+  """(carry, what enters the backbone) after the part of a forward pass that is cached."""
+  kept = {slot: activations[slot].astype(dtype) for slot in method.reads}  # stored in another type, perhaps
+  if method.visit is None:
+    return kept, next(reversed(kept.values()), None)
+  return replay(visit, carry, {read.site: kept[slot] for slot, read in method.reads.items()})
+
+
+def needed(method: Method, params: dict, depth: int, cached: bool = False) -> dict:
+  """Those of a backbone's parameters that a run looks at, after init.
+
+  Args:
+    depth: L.
+    cached: the run is from cached activations, so that blocks below `writes_from` are not computed, and nothing of the
+      backbone is by a method that only reads.
+  """
+  if not method.frozen or cached and method.writes_from == depth:
+    return {}
+  below = {f"block_{i:02d}" for i in range(method.writes_from)} if cached else ()
+  return {name: leaf for name, leaf in params.items() if name not in below}
 
 
 def predict(method: Method, backbone: Backbone | None, trainable, state, frozen, inputs):

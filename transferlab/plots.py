@@ -132,6 +132,54 @@ def points(path, series: Mapping[str, Sequence[Point]], *, title: str = "", xlab
   return [*written, _save(figure, path)]
 
 
+class Plane(NamedTuple):
+  """One of several planes of a picture."""
+  title: str
+  xlabel: str
+  ylabel: str
+  series: Mapping[str, Sequence[Point]]
+
+
+def planes(path, found: Sequence[Plane], *, title: str = "", lines: bool = True, columns: int = 3) -> list[Path]:
+  """Writes `path`.csv with the points of all planes, and `path`.png with the planes side by side, `columns` in a row.
+
+  A series has the same colour and marker in every plane. Where `lines` join points, there is a tick at every x; labels
+  stay in the table.
+
+  Returns:
+    The files written; the picture is left out, with a message, where matplotlib is missing.
+  """
+  found = [plane for plane in found if any(plane.series.values())]
+  if not found:
+    raise ValueError("there is no point to draw; expected a plane with one at least")
+  written = [table(f"{path}.csv", ["plane", "series", "label", "x", "y", "spread"], (
+      [plane.title, name, p.label, p.x, p.y, p.spread] for plane in found for name, line in plane.series.items()
+      for p in line))]
+  columns = min(columns, len(found))
+  figure = _figure(4.6 * columns + 1.5, 3.8 * -(-len(found) // columns) + 0.6)
+  if figure is None:
+    return written
+  axes = figure.subplots(-(-len(found) // columns), columns, squeeze=False).flat
+  names = list(dict.fromkeys(name for plane in found for name in plane.series))
+  handles = {}
+  for each, plane in zip(axes, found):
+    for name, line in plane.series.items():
+      _draw(each, names.index(name), name, [p._replace(label="") for p in line], lines)
+    handles |= dict(zip(*reversed(each.get_legend_handles_labels())))
+    each.set(xlabel=plane.xlabel, ylabel=plane.ylabel)
+    each.set_title(plane.title, **{**PLAIN, "fontsize": 10})
+    each.grid(alpha=0.3)
+    if lines:
+      each.set_xticks(sorted({p.x for line in plane.series.values() for p in line}))
+  for each in list(axes)[len(found):]:
+    each.set_axis_off()
+  if len(names) > 1:
+    for text in figure.legend(handles.values(), handles, loc="outside right upper", fontsize=8).get_texts():
+      text.set_parse_math(False)
+  figure.suptitle(title, fontsize=11, parse_math=False)
+  return [*written, _save(figure, path)]
+
+
 def _log(axes, places: set[float]) -> None:
   """A logarithmic x axis with ticks at the places alone."""
   axes.set_xscale("log")

@@ -12,7 +12,7 @@ class Recipe:
   """How to train. Durations are strings: "20 epochs", "500 steps", "10000 examples", "5 percent" of the run.
 
   Fields:
-    duration: of each stage.
+    duration: of each stage that has none of its own.
     batch_size: global, whatever the number of devices; with `per_domain`, of every training domain.
     optim: see `optim.Optim`.
     augmentation: a preset's name, see `data.Augmentation`.
@@ -77,6 +77,12 @@ class Recipe:
     preset(self.augmentation)
     for name in ("duration", "evaluate_every", "checkpoint_every", "log_every"):  # for the errors; steps come later
       config.resolve_steps(getattr(self, name), 1, 1, None if name == "duration" else 1, name, positive=True)
+
+
+def changed(recipe: Recipe, changes: dict) -> Recipe:
+  """The recipe with some fields replaced, {"duration": "500 epochs", "optim": {"lr": 5e-4}}."""
+  optim = dataclasses.replace(recipe.optim, **changes.get("optim", {}))
+  return dataclasses.replace(recipe, **{**changes, "optim": optim})
 
 
 def augmentation(recipe: Recipe) -> data.Augmentation:

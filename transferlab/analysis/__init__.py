@@ -7,10 +7,11 @@ from pathlib import Path
 
 from transferlab.analysis import accuracy, selected
 from transferlab.analysis.selected import given as given
+from transferlab.analysis.sensitivity import ledgers as ledgers, sensitivity
 from transferlab.analysis.sites import sites
 from transferlab.tree import nearest
 
-# name: (rows of `report.read`, folder, allow) -> (files written, lines to print)
+# name: (rows of `report.read`, or of `ledgers`, folder, allow) -> (files written, lines to print)
 FIGURES: dict[str, Callable[..., tuple[list[Path], list[str]]]] = {
     "head2toe/layers": selected.layers,
     "head2toe/overlap": selected.overlap,
@@ -19,15 +20,17 @@ FIGURES: dict[str, Callable[..., tuple[list[Path], list[str]]]] = {
     "head2toe/target_size": accuracy.target_size,
     "head2toe/affinity": accuracy.affinity,
     "inca/sites": sites,
+    "dtl/sensitivity": sensitivity,
 }
 WITHOUT_RUNS = ("head2toe/affinity",)  # they have the papers' numbers
+OF_SWEEPS = ("dtl/sensitivity",)       # they take the rows of sweeps' ledgers
 
 
 def figure(name: str, rows: Sequence[dict], folder, allow: Sequence[str] = ()) -> tuple[list[Path], list[str]]:
   """Makes a figure of `FIGURES`.
 
   Args:
-    rows: of `report.read`.
+    rows: of `report.read`, or of `ledgers` for those in `OF_SWEEPS`.
     folder: for its files.
     allow: fields in which runs may differ all the same, as of `report.report`.
 

@@ -37,7 +37,7 @@ def _against(option: str, at: Callable[[dict], int | None], xlabel: str, name: s
     raise ValueError(f"the {len(mine)} runs that have options.{option}, of {len(rows)}, give {len(groups)} values of "
                      f"{xlabel}; expected runs that differ in it")
   mine = tested([row for x in sorted(groups) for row in groups[x]])
-  _alike_but(option, mine, allow)
+  alike_but(option, mine, allow)
   found = {x: report.report(groups[x], allow=allow, average=False).scores for x in sorted(groups)}
   methods, tasks = list(dict.fromkeys(row["method"] for row in mine)), in_order([row["task"] for row in mine])
   series, remarks = {}, []
@@ -50,7 +50,7 @@ def _against(option: str, at: Callable[[dict], int | None], xlabel: str, name: s
     if len(lines) > 1:
       name_ = f"{method}, mean of {len(lines)} tasks"
       try:
-        _alike_tasks(f"the tasks of {method}", [row for row in mine if row["method"] == method], allow)
+        alike_tasks(f"the tasks of {method}", [row for row in mine if row["method"] == method], allow)
         _add_mean(name_, lines, xlabel, series, remarks)
       except report.Unlike as error:
         remarks.append(f"{name_}: left out, {error}")
@@ -71,7 +71,7 @@ def _add_mean(name: str, lines: dict[str, list[plots.Point]], xlabel: str, serie
   remarks.append(f"{name}: " + ", ".join(f"{point.y:.1f} at {point.x}" for point in series[name]))
 
 
-def _alike_but(option: str, rows: Sequence[dict], allow: Sequence[str]) -> None:
+def alike_but(option: str, rows: Sequence[dict], allow: Sequence[str]) -> None:
   """Runs of one method on one task differ in nothing but an option and the seed."""
   groups = {}
   for row in rows:
@@ -83,7 +83,7 @@ def _alike_but(option: str, rows: Sequence[dict], allow: Sequence[str]) -> None:
     report.check_alike(f"{method} on {task}", group, fields, allow)
 
 
-def _alike_tasks(what: str, rows: Sequence[dict], allow: Sequence[str]) -> None:
+def alike_tasks(what: str, rows: Sequence[dict], allow: Sequence[str]) -> None:
   """Tasks that enter a mean share what a suite's average asks for."""
   rows = [{**row, "pixels_from": report.pixels_from(row["task"], row["source"])} for row in rows]
   report.check_alike(what, rows, report.OF_A_SUITE, allow)

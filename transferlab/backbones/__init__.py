@@ -28,10 +28,12 @@ class Backbone(NamedTuple):
     apply: (params, inputs, visit, carry, *, start=0, remat_from=None) -> (features [B, D], carry). `inputs` are
       normalised images [B, S, S, 3], or with start > 0 the tokens or the map that left the block before. Blocks from
       `remat_from` on are recomputed in the backward pass.
+    dtype: that it computes in.
   """
   spec: Any
   init: Callable
   apply: Callable
+  dtype: Any = jnp.float32
 
 
 def build(spec, dtype=jnp.float32) -> Backbone:
@@ -45,7 +47,7 @@ def build(spec, dtype=jnp.float32) -> Backbone:
   def apply(params, inputs, visit=ignore, carry=(), *, start=0, remat_from=None):
     return module.apply({"params": params}, inputs, visit, carry, start=start, remat_from=remat_from)
 
-  return Backbone(spec, init, apply)
+  return Backbone(spec, init, apply, dtype)
 
 
 def image_shape(spec) -> tuple[int, int, int]:
@@ -59,13 +61,14 @@ def abstract_params(spec):
 
 
 def sites(spec, batch: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-  """Every site of a backbone in order, with the shape of what it puts out; sites without a value are left out."""
+  """Every site of a backbone in order, with the shape of what it puts out; sites without a value, and biases of
+  attention, which are the same for all images, are left out."""
   def run(params, images):
     return build(spec).apply(params, images, record, {})[1]
   names = []
   def record(carry, site, y, x):
     del x
-    if y is None:
+    if y is None or site.endswith("/bias"):
       return carry, y
     names.append(site)
     return {**carry, site: y}, y

@@ -364,7 +364,7 @@ class SwinSpec:
   def sizes(self) -> str:
     """What distinguishes architectures, in words."""
     return (f"width {self.embed_width}, stages {self.stages}, heads {self.stage_heads}, window {self.window}, "
-            f"patch {self.patch_size}")
+            f"MLP {self.mlp_ratio:g}x, patch {self.patch_size}")
 
   @property
   def hidden(self) -> str:

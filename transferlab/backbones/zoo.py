@@ -2,7 +2,7 @@
 
 "ViT-B/16 ImageNet-21k" is two different files in the literature: DTL and FacT adapt the original release, SSF the
 AugReg one. They have two names here and are never mixed. Preprocessing is that of timm's copies
-(timm vision_transformer.py, default_cfgs).
+(timm vision_transformer.py, swin_transformer.py, default_cfgs).
 Hashes are those of `weights_hash`, and None where this project has not had the file in its hands.
 """
 from typing import NamedTuple
@@ -64,4 +64,8 @@ ZOO: dict[str, ZooEntry] = {
         "hf:timm/vit_large_patch16_224.augreg_in21k", "vit_l16", _HALF, _AUGREG, _HEAD_21K),
     "vit_h14.orig_in21k": ZooEntry(
         "hf:timm/vit_huge_patch14_224.orig_in21k", "vit_h14", _HALF, _ORIGINAL, "none in timm's copy"),
+    "swin_b.ms_in22k": ZooEntry(       # Microsoft: swin_base_patch4_window7_224_22k.pth
+        "hf:timm/swin_base_patch4_window7_224.ms_in22k", "swin_b", _IMAGENET,
+        "ImageNet-22k, supervised (Liu et al. 2021); what DTL adapts, with mean = std = 0.5",
+        "21,841 classes of the pre-training"),
 }

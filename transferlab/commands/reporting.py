@@ -14,7 +14,9 @@ def report(argv: list[str]) -> None:
                   average=(True, "over tasks, too; --noaverage shows unlike ones beside each other"),
                   paper=("", "a paper's table, with or without runs beside it, e.g. head2toe/vit_b16"),
                   figure=("", "what the runs show, as CSV and picture in --out, e.g. head2toe/layers"),
-                  out=("", "folder for --figure"), json=(False, "print one JSON object"))
+                  measure=(False, "with --paper=dtl/table2, table3 or table6: measure ours on this machine, minutes"),
+                  out=("", "folder for --figure; picture for --paper=dtl/figure1 or figure3"),
+                  json=(False, "print one JSON object"))
   folders = parse(values, argv, report, files=True)
   if values.paper or values.figure:
     _one_of(values)
@@ -34,8 +36,8 @@ def report(argv: list[str]) -> None:
 
 def _one_of(values: flags.FlagValues) -> None:
   """Refuses flags that a paper's table or a figure does not heed."""
-  given = [name for name in ("suite", "score", "average", "split", "out", "figure") if values[name].present]
-  known = ("paper", "split") if values.paper else ("out", "figure")
+  given = [name for name in ("suite", "score", "average", "split", "out", "figure", "measure") if values[name].present]
+  known = ("paper", "split", "out", "measure") if values.paper else ("out", "figure")
   if strangers := [name for name in given if name not in known]:
     raise ValueError(f"--{strangers[0]} is not for --{'paper' if values.paper else 'figure'}; leave it out")
 
@@ -43,7 +45,8 @@ def _one_of(values: flags.FlagValues) -> None:
 def _paper(values: flags.FlagValues, folders: list[str]) -> None:
   from transferlab import papers
   from transferlab.report import read
-  tables = papers.tables(values.paper, read(folders) if folders else (), split=values.split, allow=words(values.allow))
+  tables = papers.tables(values.paper, read(folders) if folders else (), split=values.split, allow=words(values.allow),
+                         measure=values.measure, out=values.out)
   if values.json:
     print(json.dumps([table.plain() for table in tables]))
     return
@@ -57,7 +60,8 @@ def _figure(values: flags.FlagValues, folders: list[str]) -> None:
   required(values, "out")
   if not folders and values.figure in analysis.FIGURES and values.figure not in analysis.WITHOUT_RUNS:
     raise ValueError("no runs given; name their folders, or one above them")
-  files, remarks = analysis.figure(values.figure, read(folders) if folders else (), values.out, words(values.allow))
+  rows = (analysis.ledgers if values.figure in analysis.OF_SWEEPS else read)(folders) if folders else ()
+  files, remarks = analysis.figure(values.figure, rows, values.out, words(values.allow))
   if values.json:
     print(json.dumps({"files": list(map(str, files)), "remarks": remarks}))
     return

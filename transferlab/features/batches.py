@@ -21,18 +21,24 @@ def of_recipe(folder, recipe: Recipe) -> Cache:
                *((chosen, recipe.drop_path, recipe.seed) if recipe.views else ()))
 
 
-def cacheable(method: Method, spec) -> bool:
+def reads_only(method: Method, spec) -> bool:
   """Whether a method leaves the backbone's computation as it is and says what it reads of it."""
   return method.writes_from == spec.depth and bool(method.reads)
+
+
+def cacheable(method: Method, spec) -> bool:
+  """Whether a method can train from a cache: it says what it reads, be that all that it needs of the backbone or, if it
+  writes into it, what it needs of the blocks below the first that depends on what trains."""
+  return bool(method.reads) and 0 < method.writes_from <= spec.depth
 
 
 def check(method: Method, spec, recipe: Recipe = Recipe()) -> None:
   """Raises `ValueError` where training from a cache would not be the training that is asked for."""
   if not cacheable(method, spec):
     able = [name for name in methods.METHODS if methods.fits(name, spec) and cacheable(methods.build(name, spec), spec)]
-    raise ValueError(f"{method.name} writes into the backbone from block {method.writes_from} of {spec.depth} on, so "
-                     f"that its activations cannot be kept; these only read: {', '.join(able)}; or train without "
-                     "features")
+    raise ValueError(f"{method.name} writes into the backbone from block {method.writes_from} of {spec.depth} on and "
+                     "says nothing of what it reads below, so that no activations can be kept for it; these train from "
+                     f"a cache: {', '.join(able)}; or train without features")
   chosen = dataclasses.replace(augmentation(recipe), label_smoothing=0.0)
   if chosen.mixup or chosen.cutmix:
     raise ValueError(f"augmentation {recipe.augmentation!r} mixes the images of a batch, so that their activations "
@@ -50,8 +56,8 @@ def check_without(method: Method, recipe: Recipe) -> None:
   """Raises `ValueError` where training without a cache would leave a part of the recipe undone."""
   if recipe.views or recipe.cache_dtype != "float32":
     raise ValueError(f"views is {recipe.views} and cache_dtype {recipe.cache_dtype!r}, which belong to a cache, and "
-                     f"{method.name} trains from images; give a folder as features to a method that only reads, or "
-                     "leave them at 0 and 'float32'")
+                     f"{method.name} trains from images; give a folder as features to a method that says what it "
+                     "reads, such as linear or dtl, or leave them at 0 and 'float32'")
 
 
 def verified(folder, weights: Weights, reads: dict, task: data.Task, recipe: Recipe) -> data.Task:

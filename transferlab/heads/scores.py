@@ -1,5 +1,6 @@
 """What K parallel heads reach: scores on the validation rows, the best of each, and results of chunks put together."""
 import math
+import statistics
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ class Trained(NamedTuple):
     chunks: how many heads trained at once.
     peak_bytes: of the largest program, on one device.
     logits: {split: [K, members, N, C]} of the last step, float32, if they were to be kept.
+    step_seconds: of a training step of the last stage, the mean over its steps and chunks; None if it has but one.
   """
   method: Method
   heads: tuple[Head, ...]
@@ -42,6 +44,7 @@ class Trained(NamedTuple):
   chunks: list[int]
   peak_bytes: int
   logits: dict[str, np.ndarray] | None
+  step_seconds: float | None = None
 
   def cut(self, count: int) -> "Trained":
     """The first `count` heads, as one chunk."""
@@ -59,6 +62,7 @@ def joined(parts: list[Trained]) -> Trained:
   return parts[0]._replace(
       heads=sum((part.heads for part in parts), ()), scores=sum((part.scores for part in parts), []),
       chunks=sum((part.chunks for part in parts), []), peak_bytes=max(part.peak_bytes for part in parts),
+      step_seconds=parts[0].step_seconds and statistics.fmean(part.step_seconds for part in parts),
       **{name: join(name) for name in ("trainable", "state", "logits")})
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from transferlab import backbones, config, cost, data, devices
 from transferlab.heads.program import Head, chunk_size, make_heads_scores, make_heads_step, run_shapes, settings
-from transferlab.method import Method
+from transferlab.method import Method, needed
 from transferlab.optim import schedule
 from transferlab.progress import say
 from transferlab.recipe import train_loader
@@ -43,16 +43,13 @@ class Shared:
       raise ValueError(f"loaders have {', '.join(rest) or 'nothing'} to evaluate on; expected {self.split!r}")
     self.position = self.loader.get_state()
     first = next(iter(self.loader))
-    cached = "activations" in first
+    self.cached = "activations" in first
     if mesh is None:
       number = recipe.devices or jax.device_count()
-      mesh = devices.make_mesh(number, math.gcd(number, count) if cached else 1)
+      mesh = devices.make_mesh(number, math.gcd(number, count) if self.cached else 1)
     self.mesh, self.sharding = mesh, devices.along_heads(mesh)
     self.first = self.put(first)
-    dtype = devices.compute_dtype(recipe.dtype)
-    self.backbone = None if cached else backbones.build(weights.spec, dtype)
-    cast = lambda leaf: jnp.asarray(leaf, dtype)
-    self.frozen = {} if cached else devices.replicate(jax.tree.map(cast, weights.params), mesh)
+    self.backbone, self.frozen = backbones.build(weights.spec, devices.compute_dtype(recipe.dtype)), {}
     per_epoch, B = self.loader.steps_per_epoch, self.loader.rows_per_step
     self.total = config.resolve_steps(recipe.duration, per_epoch, B, None, "duration", positive=True)
     steps = lambda name: config.resolve_steps(getattr(recipe, name), per_epoch, B, self.total, name, positive=True)
@@ -106,8 +103,12 @@ class Shared:
                         remat=recipe.remat)
 
   def frozen_of(self, method: Method) -> dict:
-    """What a method sees of the backbone; nothing if it never looks."""
-    return self.frozen if method.frozen else {}
+    """What a method sees of the backbone, on the devices; what several stages see is there once."""
+    found = needed(method, self.weights.params, self.weights.spec.depth, self.cached)
+    cast = lambda leaf: jnp.asarray(leaf, self.backbone.dtype)
+    for name in found.keys() - self.frozen.keys():
+      self.frozen[name] = devices.replicate(jax.tree.map(cast, found[name]), self.mesh)
+    return {name: self.frozen[name] for name in found}
 
   def settings(self, heads: list[Head]) -> dict:
     """What the programs need to know of these heads, on the devices."""

@@ -1,5 +1,6 @@
 """Training K heads on one task: through the stages of their method, in chunks that fit the memory."""
 import functools
+import time
 from collections.abc import Callable
 
 import jax
@@ -33,7 +34,8 @@ def train_heads(method: Method, weights: Weights, task: data.Task, recipe: Recip
     mesh: by default all devices of the recipe share out the batch, and with cached activations the heads.
     keep_logits: keep the logits of the validation rows.
     keep_trainables: False where only scores are wanted: K copies of a backbone are large.
-    finished: called with (first, scores) after each chunk, `first` being the place of its first head.
+    finished: called with (first, chunk) after each chunk: the place of its first head, and what `train_heads` would
+      return of it alone.
 
   An epoch is that of all training rows, with folds too; masked rows make a batch smaller, not an epoch shorter.
 
@@ -57,6 +59,9 @@ def check(method: Method, task: data.Task, recipe: Recipe, heads: tuple, folds) 
   needed = ("train",) if folds is not None else ("train", "val")
   if missing := [name for name in needed if name not in task.splits]:
     raise ValueError(f"task {task.name!r} has no split {missing[0]!r}; expected train and val, or train and folds")
+  if method.search:
+    raise ValueError(f"{method.name} searches between its stages, which heads trained side by side cannot; train it by "
+                     "itself and sweep over what it finds")
   if not heads:
     raise ValueError("heads is empty; expected at least one Head")
   for head in heads:
@@ -86,7 +91,7 @@ def train(shared: Shared, lanes: list[Lane], stage: int = 0, finished: Callable 
     full = [lanes[min(k, len(lanes) - 1)] for k in range(first, first + size)]  # filled up with copies of the last
     parts.append(train_chunk(shared, full, stage).cut(len(lanes) - first))
     if finished:
-      finished(first, parts[-1].scores)
+      finished(first, parts[-1])
   return joined(parts)
 
 
@@ -98,19 +103,24 @@ def train_chunk(shared: Shared, lanes: list[Lane], stage: int) -> Trained:
   run, best, scores = start(shared, lanes), None, Scores(shared.best, shared.by_domain)
   what = f"training {len({lane.number for lane in lanes})} heads" + (f", stage {stage}" if stage else "")
   shared.loader.set_state(shared.position)
-  batches, logits = iter(shared.loader), None
+  batches, logits, clock = iter(shared.loader), None, Clock()
   with Progress(shared.total, what, quiet=shared.quiet) as progress:
     for done in range(1, shared.total + 1):
       run, logs = step(run, heads, frozen, shared.put(next(batches)))
       last = done == shared.total
       if last or done % shared.log_every == 0:  # waits for the devices, so that batches never pile up before them
         progress.update(0, f"median loss {np.median(jax.device_get(logs['loss'])):.4f}")
-      if shared.best and done % shared.evaluate_every == 0 or last and (shared.best or not method.then):
+      judging = shared.best and done % shared.evaluate_every == 0 or last and (shared.best or not method.then)
+      if done == 1 or judging or last:
+        clock.stop(run, done)
+      if judging:
         keep = last and shared.keep_logits and not method.then
         sums, logits = measure(shared, functools.partial(evaluate, run.trainable, run.state, heads, frozen), keep)
         better = scores.add(sums, done)
         if method.then and shared.best:
           best = choose(better, run.trainable, run.trainable if best is None else best)
+      if done == 1 or judging:
+        clock.start()
       progress.update()
   lanes = judged(shared, lanes, np.asarray(run.nan_step), stage)
   trainable = run.trainable if best is None else best
@@ -121,7 +131,28 @@ def train_chunk(shared: Shared, lanes: list[Lane], stage: int) -> Trained:
     return train(shared, lanes, stage + 1)
   arrays = jax.device_get((run.trainable, run.state)) if shared.keep_trainables else (None, None)
   return Trained(method, tuple(lane.head for lane in lanes), *arrays,
-                 scores.of_heads([lane.finite for lane in lanes]), [len(lanes)], shared.peak, logits)
+                 scores.of_heads([lane.finite for lane in lanes]), [len(lanes)], shared.peak, logits,
+                 clock.seconds_per_step())
+
+
+class Clock:
+  """Times training steps, without the first one and without what is computed between them."""
+
+  def __init__(self):
+    self.seconds, self.steps, self.since = 0.0, 0, None
+
+  def start(self) -> None:
+    self.since = time.monotonic()
+
+  def stop(self, run, done: int) -> None:
+    """After step `done`, for whose end it waits."""
+    jax.block_until_ready(run.nan_step)
+    if self.since is not None:
+      self.seconds, self.steps = self.seconds + time.monotonic() - self.since, done - 1
+
+  def seconds_per_step(self) -> float | None:
+    """The mean; None of a run of one step."""
+    return self.seconds / self.steps if self.steps else None
 
 
 def start(shared: Shared, lanes: list[Lane]):

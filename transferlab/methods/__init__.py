@@ -4,8 +4,11 @@ import typing
 
 from transferlab.config import typed
 from transferlab.method import Method
+from transferlab.methods.adapter import adapter
+from transferlab.methods.adaptformer import adaptformer
 from transferlab.methods.bitfit import bitfit
-from transferlab.methods.dtl import dtl
+from transferlab.methods.dtl import dtl, dtl_plus, dtl_plus_star
+from transferlab.methods.fact import fact_tk, fact_tt
 from transferlab.methods.full import full
 from transferlab.methods.head2toe import all_features, head2toe
 from transferlab.methods.head2toe_ft import head2toe_ft
@@ -14,19 +17,34 @@ from transferlab.methods.head2toe_layers import head2toe_layers
 from transferlab.methods.inca import inca, open_inca
 from transferlab.methods.linear import linear
 from transferlab.methods.lora import lora
+from transferlab.methods.lst import lst
 from transferlab.methods.mlp3 import mlp3
+from transferlab.methods.noah import noah
+from transferlab.methods.noah_search import noah_search
 from transferlab.methods.scratch import scratch
+from transferlab.methods.ssf import ssf
+from transferlab.methods.vpt import vpt_deep, vpt_shallow
 from transferlab.tree import nearest
 
 METHODS = {"linear": linear, "mlp3": mlp3, "full": full, "bitfit": bitfit, "lora": lora, "dtl": dtl, "inca": inca,
+           "dtl_plus": dtl_plus, "dtl_plus_star": dtl_plus_star,
            "open_inca": open_inca, "all_features": all_features, "head2toe": head2toe, "head2toe_ft": head2toe_ft,
-           "head2toe_layers": head2toe_layers, "head2toe_given": head2toe_given,
-           "scratch": scratch}
+           "head2toe_layers": head2toe_layers, "head2toe_given": head2toe_given, "lst": lst,
+           "adapter": adapter, "adaptformer": adaptformer, "fact_tt": fact_tt, "fact_tk": fact_tk,
+           "noah": noah, "noah_search": noah_search, "scratch": scratch, "ssf": ssf,
+           "vpt_shallow": vpt_shallow, "vpt_deep": vpt_deep}
 
 # What a backbone must have, in words and as a test of its spec. lora and dtl work inside attention, or on its residual
 # stream of one width; batch statistics never train, so a network from random weights would have none.
 _BLOCKS = ("transformer blocks", lambda spec: bool(spec.heads))
-NEEDS = {"lora": _BLOCKS, "dtl": _BLOCKS,
+_EQUAL_PIECES = ("transformer blocks whose MLP is a multiple of their width",
+                 lambda spec: bool(spec.heads) and not spec.block(0).mlp_width % spec.block(0).width)
+_ONE_ATTENTION = ("attention over all tokens at once", lambda spec: spec.family == "vit")
+NEEDS = {"adapter": _BLOCKS, "adaptformer": _BLOCKS, "fact_tt": _EQUAL_PIECES, "fact_tk": _EQUAL_PIECES,
+         "ssf": _BLOCKS, "vpt_shallow": _BLOCKS, "vpt_deep": _BLOCKS,
+         "noah": _ONE_ATTENTION, "noah_search": _ONE_ATTENTION, "lora": _BLOCKS, "dtl": _BLOCKS,
+         "dtl_plus": _BLOCKS, "dtl_plus_star": _BLOCKS,
+         "lst": ("transformer blocks of one width", lambda spec: spec.family == "vit"),
          "scratch": ("norms without batch statistics", lambda spec: not spec.statistics)}
 
 

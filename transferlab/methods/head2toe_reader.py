@@ -5,8 +5,11 @@ Which activations of a ViT the paper taps is known by name and number only. Our 
 pre_attn is the first norm's output, attn the attention branch, mlp_1 the MLP's hidden layer before its GELU, mlp_2 the
 MLP's output. cls_embedded is the class token after the final norm, which on most ViTs pre_logits is too: it stays,
 since with it the numbers of features are the code's (ViT-B/16: 68352, 374784, 1254912 at T = 512, 8192, 24576).
+
+The paper has no Swin. Here the same places of its blocks are tapped, and pooled as the maps that they are.
 """
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -47,6 +50,9 @@ def taps(spec, sites: str | tuple, shapes: dict) -> dict[str, Read]:
   for read in found.values():
     if read.site not in shapes:
       raise ValueError(f"site {read.site!r} is not in {spec.name}; nearest: {', '.join(nearest(read.site, shapes))}")
+    if spec.family == "swin" and len(shapes[read.site].shape) == 4:
+      raise ValueError(f"site {read.site!r} of {spec.name} is cut into windows; expected one of whole maps, such as "
+                       f"{read.site.partition('/')[0]}/ln1 or {read.site.partition('/')[0]}/attn")
   if not found:
     raise ValueError("sites is empty; expected 'paper' or names of sites")
   return found
@@ -60,6 +66,8 @@ def reader(spec, sites: str | tuple, target_size: int, cls: str) -> Reader:
     if read.site == "patch" and spec.prefix_tokens:  # the code taps the patches with the class token in front
       token = jnp.broadcast_to(frozen["cls"], (y.shape[0], 1, y.shape[2])).astype(y.dtype)
       y = jnp.concatenate([token, y], axis=1)
+    if spec.family == "swin" and y.ndim == 3:  # tokens are the pixels of a square map
+      y = y.reshape(y.shape[0], math.isqrt(y.shape[1]), -1, y.shape[2])
     return pool(y[:, :1], target_size) if read.how == "cls" else pool(y, target_size, cls)
 
   reads = {tap: Read(read.site, f"{read.how} pooled to {target_size} {cls}", functools.partial(reduce, read))

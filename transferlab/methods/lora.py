@@ -37,17 +37,17 @@ def lora(spec, *, rank: int = 8, form: str = "qv", scale: float = 1.0, dropout: 
   if form not in ("qv", "fused") or space not in ("activations", "weights") or compat not in (None, "noah"):
     raise ValueError(f"form {form!r}, space {space!r}, compat {compat!r}; expected form 'qv' or 'fused', space "
                      "'activations' or 'weights', compat None or 'noah'")
-  if not 1 <= rank <= spec.width:
-    raise ValueError(f"rank is {rank}; expected 1 to the width, {spec.width}")
+  widths = [spec.block(i).width for i in range(spec.depth)]
+  if not 1 <= rank <= min(widths):
+    raise ValueError(f"rank is {rank}; expected 1 to the smallest block's width, {min(widths)}")
   if dropout and space == "weights":
     raise ValueError(f"dropout {dropout} acts on activations; set dropout=0 with space='weights'")
   if compat == "noah" and form != "fused":
     raise ValueError("compat='noah' is the initialisation of form='fused'; set form='fused'")
 
-  D = spec.width
-  pairs = {"q": D, "v": D} if form == "qv" else {"qkv": 3 * D}  # output width of each pair
+  pairs = {"q": 1, "v": 1} if form == "qv" else {"qkv": 3}  # output width of each pair over D
 
-  def init_pair(rng, width):
+  def init_pair(rng, D, width):
     rng_a, rng_b = jax.random.split(rng)
     if compat == "noah":
       return {"a": 0.02 * jax.random.normal(rng_a, (D, rank)), "b": 0.02 * jax.random.normal(rng_b, (rank, width))}
@@ -57,9 +57,9 @@ def lora(spec, *, rank: int = 8, form: str = "qv", scale: float = 1.0, dropout: 
   def init(rng, frozen, num_classes):
     rng_head, rng = jax.random.split(rng)
     keys = jax.random.split(rng, (spec.depth, len(pairs)))
-    blocks = {f"block_{i:02d}": {name: init_pair(keys[i, j], width) for j, (name, width) in enumerate(pairs.items())}
-              for i in range(spec.depth)}
-    return {"lora": blocks, "classifier": classifier.init(rng_head, D, num_classes)}, {}
+    blocks = {f"block_{i:02d}": {name: init_pair(keys[i, j], D, n * D) for j, (name, n) in enumerate(pairs.items())}
+              for i, D in enumerate(widths)}
+    return {"lora": blocks, "classifier": classifier.init(rng_head, spec.width, num_classes)}, {}
 
   def place(updates: dict):
     """Updates of q and v [..., D], or of all three [..., 3D], as an update of the fused projection [..., 3D]."""

@@ -89,14 +89,14 @@ def accuracies(title: str, suite: str, printed: Mapping[str, Mapping[str, float]
   if rows and not ours:
     raise ValueError(f"none of {len(rows)} runs belongs into this table (methods {', '.join(_all(rows, 'method'))}; "
                      f"tasks {', '.join(_all(rows, 'task')[:4])}); expected {', '.join(printed)} on tasks of {suite}")
-  found, remarks = _scores(ours, suite, split, allow) if ours else (report.Report({}, {}, "", []), [])
+  found, remarks = scores_of(ours, suite, split, allow) if ours else (report.Report({}, {}, "", []), [])
   methods = list(dict.fromkeys([*printed, *found.scores]))
   cells = []
   for task, name in names.items():
     cells.append([name, "paper", *(printed.get(method, {}).get(task) for method in methods)])
     scores = [found.scores.get(method, {}).get(task) for method in methods]
     if any(scores):
-      cells.append([name, "ours", *(score and _percent(score) for score in scores)])
+      cells.append([name, "ours", *(score and percent(score) for score in scores)])
   averages = _averages(printed, found, methods, names)
   left_out = len(rows) - len(ours)
   remarks += [f"{left_out} runs of other methods or tasks are left out"] * bool(left_out)
@@ -105,7 +105,7 @@ def accuracies(title: str, suite: str, printed: Mapping[str, Mapping[str, float]
   return Table(title, ["task", "whose", *methods], ["", ""] + [".1f"] * len(methods), cells, averages, remarks)
 
 
-def _scores(rows: list[dict], suite: str, split: str, allow: Sequence[str]) -> tuple[report.Report, list[str]]:
+def scores_of(rows: Sequence[dict], suite: str, split: str, allow: Sequence[str]) -> tuple[report.Report, list[str]]:
   """Our scores and averages; no averages, and a remark, where tasks are too unlike."""
   try:
     found = report.report(rows, suite, split, allow=allow)
@@ -125,7 +125,8 @@ def _averages(printed: Mapping, found: report.Report, methods: Sequence[str], na
           for label in dict.fromkeys(name for values in each.values() for name in values)]
 
 
-def _percent(score: Score) -> Score:
+def percent(score: Score) -> Score:
+  """A share as per cent."""
   return Score(100 * score.mean, None if score.std is None else 100 * score.std, score.seeds)
 
 

@@ -1,12 +1,13 @@
-"""Pretrained weights: files of Google, timm, Hugging Face and our own, as parameters of a backbone of ours.
+"""Pretrained weights: files of Google, timm, Hugging Face, Microsoft and our own, as parameters of a backbone of ours.
 
     weights = load_weights("vit_formula64")                                   # bundled
     weights = load_weights("B_16.npz", architecture="vit_b16", image_size=384)
     weights = load_weights("hf:timm/vit_base_patch16_224.augreg_in21k")       # with the [hub] extra
     features, _ = build(weights.spec).apply(weights.params, images)           # images as weights.preprocessing says
 
-Every file is read without torch and without pickle (`files.py`), its layout recognised by names and its variant
-inferred from shapes (`layouts.py`), its parameters renamed by tables that also serve the way back (`names.py`).
+Every file is read without torch and without pickle (`files.py`, `torch_files.py`), its layout recognised by names and
+its variant inferred from shapes (`layouts.py`, `resnets.py`, `swins.py`), its parameters renamed by tables that also
+serve the way back (`names.py`).
 
 GELU: Google's own code computes the tanh form; timm, and with it most adaptation papers, runs the same files with the
 exact one. Exact is the default; `gelu="tanh"` gives what Google's code gives.
@@ -19,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from transferlab import backbones
-from transferlab.backbones.spec import Preprocessing, ResNetSpec, ViTSpec
-from transferlab.backbones.weights import files, layouts, names, preprocess, resnets
+from transferlab.backbones.spec import Preprocessing, ResNetSpec, SwinSpec, ViTSpec
+from transferlab.backbones.weights import files, layouts, names, preprocess, resnets, swins, torch_files
 from transferlab.backbones.weights.export import export_timm, save_weights
 from transferlab.backbones.weights.files import WeightsError
 from transferlab.backbones.weights.origin import Origin, locate
@@ -38,7 +39,7 @@ class Weights(NamedTuple):
 
   Fields:
     spec: the network they fit.
-    params: nested dict of float32 numpy arrays, named as in `backbones/vit.py` or `resnet.py`.
+    params: nested dict of float32 numpy arrays, named as in `backbones/vit.py` and its siblings.
     head: the file's classifier {"kernel": [D, C], "bias": [C]}, or None. The original ImageNet-21k release adds
       "pre_logits" {"kernel": [D, D], "bias": [D]}: logits = tanh(features @ kernel + bias) @ head.
     preprocessing: how pixels become the input.
@@ -46,7 +47,7 @@ class Weights(NamedTuple):
     source: where they came from, for logs; never an absolute path.
     hash: `weights_hash` of the parameters as loaded, before any resampling of positions.
   """
-  spec: ViTSpec | ResNetSpec
+  spec: ViTSpec | ResNetSpec | SwinSpec
   params: dict
   head: dict | None
   preprocessing: Preprocessing
@@ -61,10 +62,11 @@ def load_weights(source, *, architecture: str | None = None, image_size: int | N
   """Loads pretrained weights.
 
   Args:
-    source: a zoo name, a .npz or .safetensors file, a folder of Hugging Face or timm (config.json, model.safetensors or
-      its shards, preprocessor_config.json), or "hf:owner/name", "hf:owner/name@revision".
+    source: a zoo name, a .npz, .safetensors, .pth or .pt file, a folder of Hugging Face or timm (config.json,
+      model.safetensors or its shards, preprocessor_config.json), or "hf:owner/name", "hf:owner/name@revision".
     architecture: what the file must be, e.g. "vit_b16"; None takes what it is.
-    image_size: resolution to run at; another than the file's resamples the position table (`positions.py`).
+    image_size: resolution to run at; another than the file's resamples the position table (`positions.py`). A Swin
+      has none and takes any size at which its windows stay as they are.
     preprocessing: used instead of the one beside the weights.
     heads: attention heads, where neither the file nor a known width tells them.
     gelu: "erf" or "tanh" instead of the layout's form.
@@ -105,11 +107,15 @@ def _load(origin: Origin, wanted, image_size, preprocessing, heads, gelu, groups
 
 
 def _recognise(origin: Origin, asked: list, heads, gelu, groups):
-  """The layout and spec of the file, a ResNet's or a ViT's."""
+  """The layout and spec of the file, a ResNet's, a Swin's or a ViT's."""
   arrays, metadata = _read(origin)
   if found := resnets.recognise(arrays, metadata, origin.config, groups):
     if heads or gelu:
       raise WeightsError(f"heads and gelu belong to a ViT, and this is a {found[1].name}; leave them out")
+    return found
+  if found := swins.recognise(arrays, metadata, origin.config, gelu):
+    if heads or groups:
+      raise WeightsError(f"heads and groups belong to other backbones, and this is a {found[1].name}; leave them out")
     return found
   if groups:
     raise WeightsError("groups belongs to a ResNet with group norm, and this is none; leave it out")
@@ -145,13 +151,15 @@ def weights_hash(params: dict, spec) -> str:
 def _read(origin: Origin):
   if origin.path.suffix == ".npz":
     return files.read_npz(origin.path, resnets.npz_parameters), {}
+  if origin.path.suffix in torch_files.SUFFIXES:
+    return torch_files.read_torch(origin.path), {}
   return files.read_sharded(origin.path) if origin.path.suffix == ".json" else files.read_safetensors(origin.path)
 
 
 def _heads_of(layout: layouts.Layout, asked: ViTSpec, file: str) -> int | None:
   """The asked architecture's heads, for a file whose shapes show none; None if another known width tells them."""
   D = layouts.width(layout)
-  if D not in {spec.width for spec in backbones.ARCHITECTURES.values()}:
+  if D not in {spec.width for spec in backbones.ARCHITECTURES.values() if spec.family == "vit"}:
     raise WeightsError(f"{file} is a ViT of width {D}; you asked for {asked.name}, which has width {asked.width}")
   return asked.heads if D == asked.width else None
 
@@ -168,8 +176,8 @@ def _convert(layout: layouts.Layout, spec) -> tuple[dict, dict | None]:
   expected = names.foreign_shapes(rules, shapes, spec.heads)
   head_rules, head_expected = _head(layout, spec)
   if problem := difference(layout.arrays, expected | head_expected):
-    raise WeightsError(f"the parameters are not those of a {spec.name} in {layout.name}'s layout: {problem}"
-                       f"{layouts.hint(n for n in layout.arrays if n not in expected)}")
+    relatives = layouts.hint(n for n in layout.arrays if n not in expected) if spec.family == "vit" else ""
+    raise WeightsError(f"the parameters are not those of a {spec.name} in {layout.name}'s layout: {problem}{relatives}")
   if counters := [f"{n} {a.dtype}" for n, a in layout.arrays.items() if a.dtype != np.float32]:
     raise WeightsError(f"expected floating-point parameters; found {', '.join(counters[:3])} (quantised files are not "
                        "supported)")
@@ -189,7 +197,7 @@ def _head(layout: layouts.Layout, spec):
   if not any(shape(name) for name in rules):
     return {}, {}
   width = pre[0] if pre else spec.width
-  outputs_first = layout.name.startswith(("timm", "huggingface"))
+  outputs_first = layout.name.startswith(("timm", "huggingface", "swin"))
   classes = bias[0] if bias else (shape("kernel") or (0,))[0 if outputs_first else -1]
   shapes = {"kernel": (width, classes), "bias": (classes,)}
   if any(shape(name) for name in rules if name.startswith("pre_logits")):

@@ -5,14 +5,13 @@ file with the same configuration in its header. Either way the file is whole or 
 """
 import json
 import logging
-import math
 from pathlib import Path
 
 import numpy as np
 
 from transferlab.backbones import abstract_params
 from transferlab.backbones.spec import Preprocessing, ViTSpec
-from transferlab.backbones.weights import names, preprocess, resnets
+from transferlab.backbones.weights import layouts, names, preprocess, resnets, swins
 from transferlab.backbones.weights.files import WeightsError, write_json, write_safetensors
 from transferlab.tree import difference, flatten
 
@@ -46,7 +45,8 @@ def export_timm(weights, path, spec: ViTSpec | None = None, head: dict | None = 
   spec, params, head, preprocessing = _parts(weights, spec, head, preprocessing)
   path = Path(path)
   file = path if path.suffix == ".safetensors" else path / "model.safetensors"
-  arrays, num_classes = (_timm_resnet if spec.family == "resnet" else _timm_vit)(spec, params, head)
+  write = {"vit": _timm_vit, "resnet": _timm_resnet, "swin": swins.timm_arrays}[spec.family]
+  arrays, num_classes = write(spec, params, head)
   config = timm_config(spec, num_classes, preprocessing)
   write_safetensors(file, arrays, {"format": "pt", "timm_config": json.dumps(config)})
   if file != path:
@@ -80,28 +80,22 @@ def _timm_vit(spec, params: dict, head: dict | None):
 
 def timm_config(spec: ViTSpec, num_classes: int, preprocessing: Preprocessing | None) -> dict:
   """The config.json of a timm hub folder; "transferlab" holds what timm has no field for."""
-  if spec.family == "resnet":
-    return resnets.timm_config(spec, num_classes, preprocessing)
+  if spec.family != "vit":
+    return {"resnet": resnets, "swin": swins}[spec.family].timm_config(spec, num_classes, preprocessing)
   pooling = "token" if spec.pool == "cls" else "avg"
   config = {
       "architecture": _TIMM_NAMES.get(spec.name, "vit_base_patch16_224"),
       "num_classes": num_classes, "num_features": spec.width, "global_pool": pooling,
       "model_args": {
           "img_size": spec.image_size, "patch_size": spec.patch_size, "embed_dim": spec.width, "depth": spec.depth,
-          "num_heads": spec.heads, "mlp_ratio": _mlp_ratio(spec), "qkv_bias": spec.qkv_bias,
-          "class_token": spec.class_token, "global_pool": pooling,
+          "num_heads": spec.heads, "mlp_ratio": layouts.mlp_ratio(spec.mlp_width, spec.width),
+          "qkv_bias": spec.qkv_bias, "class_token": spec.class_token, "global_pool": pooling,
           "fc_norm": spec.pool == "mean_before_norm", "act_layer": _TIMM_ACTIVATIONS[spec.gelu]},
       "transferlab": {"name": spec.name, "norm_eps": spec.norm_eps},
       "pretrained_cfg": {"num_classes": num_classes, "first_conv": "patch_embed.proj", "classifier": "head"}}
   if preprocessing:
     config["pretrained_cfg"] |= preprocess.to_timm(preprocessing)
   return config
-
-
-def _mlp_ratio(spec: ViTSpec) -> float:
-  """The ratio from which timm's int(width * ratio) gives the MLP width again."""
-  ratio = spec.mlp_width / spec.width
-  return ratio if int(spec.width * ratio) == spec.mlp_width else math.nextafter(ratio, math.inf)
 
 
 def save_weights(weights, path, spec: ViTSpec | None = None, head: dict | None = None,

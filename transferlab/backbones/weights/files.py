@@ -1,4 +1,4 @@
-"""Checkpoint files read without executing anything: `.npz` and `.safetensors`.
+"""Checkpoint files read without executing anything: `.npz` and `.safetensors`; `torch_files.py` has `.pth`.
 
 Neither format needs pickle, and no array that would need it is read. A size that a file claims is compared with what
 the file holds before memory is taken; checksums are verified where the format has them (`.npz`), finiteness everywhere.
@@ -32,7 +32,8 @@ class WeightsError(ValueError):
 
 
 @contextlib.contextmanager
-def _reading(path: Path, kind: str):
+def reading(path: Path, kind: str):
+  """Turns what a damaged file makes of the code inside into one line about that file."""
   try:
     yield
   except WeightsError:
@@ -57,7 +58,7 @@ def read_npz(path, select: Callable[[list[str]], dict[str, str]] = lambda names:
     WeightsError: the file is cut or damaged, claims sizes it does not hold, or holds objects.
   """
   path = Path(path)
-  with _reading(path, "npz"), zipfile.ZipFile(path) as archive:
+  with reading(path, "npz"), zipfile.ZipFile(path) as archive:
     members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
     if len(members) != len(archive.infolist()) or not all(i.filename.endswith(".npy") for i in members.values()):
       raise WeightsError(f"{path.name} is a zip archive but not an npz file: expected only .npy members, each name "
@@ -66,7 +67,7 @@ def read_npz(path, select: Callable[[list[str]], dict[str, str]] = lambda names:
     claimed, size = sum(members[name].file_size for name in wanted), path.stat().st_size
     if claimed > min(MAX_BYTES, max(1 << 30, MAX_EXPANSION * size)):
       raise WeightsError(f"{path.name} has {size} bytes and claims to unpack to {claimed}; refused as implausible")
-    return {short: _numbers(short, _read_member(archive, members[name], path.name)) for name, short in wanted.items()}
+    return {short: numbers(short, _read_member(archive, members[name], path.name)) for name, short in wanted.items()}
 
 
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: str) -> np.ndarray:
@@ -89,7 +90,7 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: str) -
   return np.frombuffer(data, dtype).reshape(shape, order="F" if column_major else "C")
 
 
-def _numbers(name: str, array: np.ndarray) -> np.ndarray:
+def numbers(name: str, array: np.ndarray) -> np.ndarray:
   """Any floats as float32, integers untouched; objects, empty arrays and numbers that are not finite are refused."""
   if array.dtype == np.dtype("V2"):  # how numpy stores bfloat16, which it does not know: the upper half of a float32
     array = (np.ascontiguousarray(array).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
@@ -109,14 +110,14 @@ def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """Reads a `.safetensors` file: ({name: array}, its header's metadata); arrays and errors as `read_npz`."""
   path = Path(path)
   arrays = {}
-  with _reading(path, "safetensors"), safetensors.safe_open(path, framework="np") as file:
+  with reading(path, "safetensors"), safetensors.safe_open(path, framework="np") as file:
     for name in file.keys():
       try:
         array = file.get_tensor(name)
       except (AttributeError, TypeError) as error:  # a dtype that numpy lacks, such as 8-bit floats
         dtype = file.get_slice(name).get_dtype()
         raise WeightsError(f"{name} holds {dtype}; expected 16-, 32- or 64-bit floats") from error
-      arrays[name] = _numbers(name, array)
+      arrays[name] = numbers(name, array)
     return arrays, dict(file.metadata() or {})
 
 

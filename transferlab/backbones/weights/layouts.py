@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from transferlab.backbones import ARCHITECTURES
+from transferlab import config as configs
+from transferlab.backbones import ARCHITECTURES, FAMILIES, abstract_params
 from transferlab.backbones.spec import Preprocessing, ViTSpec
 from transferlab.backbones.weights import names, preprocess
 from transferlab.backbones.weights.files import WeightsError, parse_json
+from transferlab.tree import flatten
 
 MAX_DEPTH = 256
 _GOOGLE_PREFIXES = ("", "params/", "opt/target/", "target/")
@@ -30,14 +32,14 @@ UNSUPPORTED = {  # parts of names that belong to relatives of the plain ViT -> w
     "norm_pre": "a norm before the blocks (CLIP)", "visual.": "a CLIP image tower", "img/": "two towers",
     "vision_model": "a CLIP image tower", "decoder": "a decoder", "rel_pos": "relative positions",
     "relative_position": "relative positions",
-    "layers.0.blocks": "stages (Swin)", "conv_root": "a ResNet stem", "layer1.": "a ResNet"}
+    "conv_root": "a ResNet stem", "layer1.": "a ResNet"}
 
 
 class Layout(NamedTuple):
   """A recognised checkpoint.
 
   Fields:
-    name: "native", "google", "timm" or "huggingface".
+    name: "native", "google", "timm", "huggingface", or one of `resnets.py` and `swins.py`.
     arrays: {name as in `rules`: float32 array}; consumed by the conversion.
     rules: the table of names.
     facts: fields of the spec that the file or its configuration states.
@@ -108,6 +110,19 @@ def _native(arrays, header: dict) -> Layout:
   preprocessing = Preprocessing.from_dict(header["preprocessing"])
   return Layout("native", arrays, names.native(), facts, lambda size: preprocessing,
                 source=str(header.get("source", "")))
+
+
+def native(arrays, metadata: dict, family: str) -> tuple[Layout, object] | None:
+  """The layout and spec of a file of ours with a ResNet or a Swin; None if it holds another family, or is not ours."""
+  header = parse_json(metadata.get("transferlab", "{}"), "the file's header")
+  if not isinstance(header.get("spec"), dict) or header["spec"].get("family") != family:
+    return None
+  spec = configs.fill(FAMILIES[family][0], header["spec"], "spec")
+  if spec.depth > MAX_DEPTH:
+    raise WeightsError(f"the header names {spec.depth} blocks; expected at most {MAX_DEPTH}")
+  preprocessing = Preprocessing.from_dict(header["preprocessing"])
+  rules = tuple(names.Rule(name, (name,), names.SAME) for name in flatten(abstract_params(spec)))
+  return Layout("native", arrays, rules, {}, lambda size: preprocessing, source=str(header.get("source", ""))), spec
 
 
 def _google(arrays) -> Layout:
@@ -200,9 +215,15 @@ def variant(spec: ViTSpec) -> str:
               f"vit_w{spec.width}_d{spec.depth}_p{spec.patch_size}")
 
 
+def mlp_ratio(mlp_width: int, width: int) -> float:
+  """The ratio from which int(width * ratio) gives the MLP's width again."""
+  ratio = mlp_width / width
+  return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)
+
+
 def _heads(stated, asked: int | None, D: int, mlp: int) -> int:
   """Heads show in no shape but Google's: the file's own word, then the caller's, then the width of a known ViT."""
-  known = {(s.width, s.mlp_width): s.heads for s in ARCHITECTURES.values()}
+  known = {(s.width, s.mlp_width): s.heads for s in ARCHITECTURES.values() if s.family == "vit"}
   if asked is not None and stated is not None and asked != stated:
     raise WeightsError(f"you asked for {asked} attention heads; the file has {stated}")
   heads = next((h for h in (stated, asked, known.get((D, mlp))) if h is not None), None)

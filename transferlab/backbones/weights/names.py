@@ -125,6 +125,8 @@ HEADS = {  # classifiers, optional in every layout
     "huggingface": _table([("kernel", "classifier.weight", TRANSPOSED), ("bias", "classifier.bias", SAME)]),
     "timm_resnet": _table([("kernel", "fc.weight", TRANSPOSED), ("bias", "fc.bias", SAME)]),
     "timm_resnetv2": _table([("kernel", "head.fc.weight", POINTWISE), ("bias", "head.fc.bias", SAME)]),
+    "timm_swin": _table([("kernel", "head.fc.weight", TRANSPOSED), ("bias", "head.fc.bias", SAME)]),
+    "swin": _table([("kernel", "head.weight", TRANSPOSED), ("bias", "head.bias", SAME)]),
     "bit": _table([("kernel", "resnet/head/conv2d/kernel", POINTWISE_BIT), ("bias", "resnet/head/conv2d/bias", SAME)]),
     "google": _table([("kernel", "head/kernel", SAME), ("bias", "head/bias", SAME),
                       ("pre_logits/kernel", "pre_logits/kernel", SAME), ("pre_logits/bias", "pre_logits/bias", SAME)]),

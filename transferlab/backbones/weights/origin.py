@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from transferlab.backbones.weights.files import WeightsError, read_json
+from transferlab.backbones.weights.torch_files import SUFFIXES
+from transferlab.backbones.weights.torch_pickle import CONVERT
 from transferlab.backbones.zoo import ZOO, ZooEntry
 from transferlab.tree import nearest
 
-_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt", ".tar")
-_CONVERT = ("it is a pickle, and reading one can run any code. Convert it where you trust it: "
-            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')")
+_PICKLES = (".bin", ".pkl", ".ckpt", ".tar")
+_REFUSED = f"it is a pickle, and reading one can run any code; {' and '.join(SUFFIXES)} are read. {CONVERT}"
+_KNOWN = (".npz", ".safetensors", *SUFFIXES)
 _WANTED = ["config.json", "preprocessor_config.json", "model.safetensors", "model.safetensors.index.json",
            "model-*.safetensors"]
 
 
 class Origin(NamedTuple):
-  """Where weights are: `path` is an .npz, a .safetensors or an index of shards, the JSON files beside it are read."""
+  """Where weights are: `path` is an .npz, .safetensors, .pth or .pt or an index of shards; JSON beside it is read."""
   path: Path
   config: dict                # {} if absent
   preprocessor: dict | None
@@ -44,7 +46,7 @@ def locate(source, download: bool = False) -> Origin:
     return _from_folder(path, name, name)
   if path.is_file():
     return _from_file(path)
-  if path.suffix in (".npz", ".safetensors", *_PICKLES) or len(path.parts) > 1:
+  if path.suffix in (*_KNOWN, *_PICKLES) or len(path.parts) > 1:
     raise WeightsError(f"{source} does not exist; expected a file or folder, a zoo name, or 'hf:owner/name'")
   close = [name for name in ZOO if name.startswith(f"{source}.")] or nearest(str(source), ZOO)
   raise WeightsError(f"{str(source)!r} is no file, no folder and no name of the zoo; nearest: {', '.join(close)}; "
@@ -53,9 +55,9 @@ def locate(source, download: bool = False) -> Origin:
 
 def _from_file(path: Path) -> Origin:
   if path.suffix.lower() in _PICKLES:
-    raise WeightsError(f"{path.name} is refused: {_CONVERT}")
-  if path.suffix not in (".npz", ".safetensors"):
-    raise WeightsError(f"{path.name}: the suffix {path.suffix!r} is unknown; expected .npz, .safetensors or a folder")
+    raise WeightsError(f"{path.name} is refused: {_REFUSED}")
+  if path.suffix not in _KNOWN:
+    raise WeightsError(f"{path.name}: the suffix {path.suffix!r} is unknown; expected {', '.join(_KNOWN)} or a folder")
   if path.name == "model.safetensors":  # the name that the hub gives a file which has its configuration beside it
     name = path.resolve().parent.name
     return _from_folder(path.parent, name, name)
@@ -65,13 +67,13 @@ def _from_file(path: Path) -> Origin:
 def _from_folder(folder: Path, name: str, source: str) -> Origin:
   files = sorted(p.name for p in folder.iterdir() if p.is_file())
   read = lambda file: read_json(folder / file) if file in files else None
-  tensors = [f for f in files if f.endswith(".safetensors")]
+  tensors = [f for f in files if f.endswith(".safetensors")] or [f for f in files if f.endswith(SUFFIXES)]
   chosen = next((f for f in ("model.safetensors", "model.safetensors.index.json") if f in files), None)
   chosen = chosen or (tensors[0] if len(tensors) == 1 else None)
   if chosen is None:
     pickles = [f for f in files if Path(f).suffix in _PICKLES]
     raise WeightsError(f"{folder.name}/ has no model.safetensors; it has {', '.join(files[:6]) or 'no files'}"
-                       + (f". {pickles[0]} is refused: {_CONVERT}" if pickles else ""))
+                       + (f". {pickles[0]} is refused: {_REFUSED}" if pickles else ""))
   return Origin(folder / chosen, read("config.json") or {}, read("preprocessor_config.json"), name, source)
 
 

@@ -6,6 +6,8 @@ Where a file says nothing, the convention of its layout is assumed, and the call
   timm          bicubic, shorter side to S / 0.9, centre crop, mean = std = 0.5 (timm vision_transformer.py, _cfg).
   timm_resnet   bilinear, shorter side to S / 0.875, centre crop, ImageNet's mean and std (timm resnet.py, _cfg).
   timm_resnetv2 the same with mean = std = 0.5 (timm resnetv2.py, _cfg).
+  timm_swin     bicubic, shorter side to S / 0.9, centre crop, ImageNet's mean and std (timm swin_transformer.py, _cfg);
+                swin the same. DTL squashes with PIL's bicubic and has mean = std = 0.5 instead.
   bit           as google (big_transfer's evaluation, at a resolution that it chooses by data set).
   huggingface   ViTImageProcessor's defaults: squash bilinearly, mean = std = 0.5.
 """
@@ -22,6 +24,8 @@ def assumed(layout: str, image_size: int) -> Preprocessing:
   """The convention of a layout, for files that carry none."""
   if layout == "timm":
     return Preprocessing(image_size, "bicubic", "center", 0.9)
+  if layout in ("timm_swin", "swin"):
+    return Preprocessing(image_size, "bicubic", "center", 0.9, IMAGENET_MEAN, IMAGENET_STD)
   if layout == "timm_resnet":
     return Preprocessing(image_size, "bilinear", "center", 0.875, IMAGENET_MEAN, IMAGENET_STD)
   if layout == "timm_resnetv2":

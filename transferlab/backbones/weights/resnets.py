@@ -14,7 +14,6 @@ import re
 
 import numpy as np
 
-from transferlab import config as configs
 from transferlab.backbones import ARCHITECTURES, abstract_params
 from transferlab.backbones.spec import Preprocessing, ResNetSpec
 from transferlab.backbones.weights import layouts, names, preprocess
@@ -41,7 +40,7 @@ def recognise(arrays: dict[str, np.ndarray], metadata: dict, config: dict,
   """The layout and spec of a ResNet's file, None if there is none in it; arguments are as in `layouts.recognise`."""
   with layouts.stored("the configuration"):
     if "transferlab" in metadata:
-      return _native(arrays, parse_json(metadata["transferlab"], "the file's header"))
+      return layouts.native(arrays, metadata, "resnet")
     kind = next((kind for kind, mark in _MARKS.items() if mark in arrays), None)
     if kind is None or (kind == "timm_resnet" and "layer1.0.conv1.weight" not in arrays):
       return None
@@ -51,28 +50,15 @@ def recognise(arrays: dict[str, np.ndarray], metadata: dict, config: dict,
     return Layout(kind, arrays, table(kind, spec), {}, lambda size: preprocess.from_timm(config, size)), spec
 
 
-def _native(arrays, header: dict):
-  if not isinstance(header.get("spec"), dict) or header["spec"].get("family") != "resnet":
-    return None
-  spec = configs.fill(ResNetSpec, header["spec"], "spec")
-  if spec.depth > layouts.MAX_DEPTH:
-    raise WeightsError(f"the header names {spec.depth} blocks; expected at most {layouts.MAX_DEPTH}")
-  preprocessing = Preprocessing.from_dict(header["preprocessing"])
-  return Layout("native", arrays, table("native", spec), {}, lambda size: preprocessing,
-                source=str(header.get("source", ""))), spec
-
-
 def table(kind: str, spec: ResNetSpec) -> tuple[names.Rule, ...]:
-  """The rows of a layout for each of the spec's parameters; a classifier among them has a row in ours only."""
-  kernel = names.SAME if kind in ("native", "bit") else names.CONVOLUTION
+  """The rows of a layout for each of the spec's parameters, but for a classifier among them."""
+  kernel = names.SAME if kind == "bit" else names.CONVOLUTION
   rule = lambda name: names.Rule(name, (_foreign(kind, spec, name),), kernel if name.endswith("kernel") else names.SAME)
-  return tuple(rule(name) for name in flatten(abstract_params(spec)) if kind == "native" or name[:5] != "head/")
+  return tuple(rule(name) for name in flatten(abstract_params(spec)) if name[:5] != "head/")
 
 
 def _foreign(kind: str, spec: ResNetSpec, name: str) -> str:
   """A layout's name of our parameter, e.g. "block_03/norm2/scale"."""
-  if kind == "native":
-    return name
   *where, part, leaf = name.split("/")
   ending = (_BIT_LEAVES if kind == "bit" else _TIMM_LEAVES)[leaf]
   if not where:
