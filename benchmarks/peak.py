@@ -6,9 +6,10 @@
 
 Peak: arguments, temporaries and outputs of the compiled step (images, frozen and trained parameters and Adam's moments
 among them), less what is donated, see `cost.peak_bytes`. Shares are of `full` without remat. With remat the backward
-pass makes the activations of adapted blocks again; on CPU XLA then schedules for memory, which helps methods too that
-adapt no block. FLOPs of the step, as XLA counts them, are in forward passes of the plain backbone; remat's additional
-ones are left out. Options are the methods' defaults; of a method in several stages, marked *, it is the first.
+pass makes the activations of adapted blocks again, and on CPU XLA schedules for memory; methods that only read have no
+such block, and for some of them that other schedule is the worse one. FLOPs of the step, as XLA counts them, are in
+forward passes of the plain backbone, without remat. Options are the methods' defaults; of a method in several stages,
+marked *, it is the first. Exits with an error if a target is missed.
 """
 import argparse
 import os

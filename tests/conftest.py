@@ -4,6 +4,8 @@ from pathlib import Path
 
 # Before jax starts. Goldens and equalities to 1e-6 are float32 on CPU; an accelerator's matrix units round otherwise.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nearly all of the time goes into compiling; tiny programs run no slower for being less optimised by LLVM.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

@@ -66,7 +66,8 @@ def test_the_header_says_what_it_is(saved, weights):
   with safetensors.safe_open(path, "np") as file:
     header = json.loads(file.metadata()["transferlab"])
   assert header["format"] == checkpoint.FORMAT and header["method"] == "dtl" and header["task"] == "t"
-  assert header["options"] == {"rank": 2, "first_write": 3, "beta": 100.0, "readout": "mean"} == method.options
+  assert header["options"] == {"rank": 2, "first_read": 0, "first_write": 3, "beta": 100.0, "activation": "swish",
+                               "readout": "mean"} == method.options
   spec = weights.spec.to_dict()
   assert header["backbone"] == {"name": weights.name, "source": "random", "hash": weights.hash, "spec": spec}
   assert Preprocessing.from_dict(header["preprocessing"]) == weights.preprocessing

@@ -218,7 +218,7 @@ def test_entering_right_before_a_merge_gives_the_same_gradient(random_weights):
 def test_bfloat16_backbones_get_float32_gradients(random_weights):
   """Within what rounding the backbone to 8 bits takes away."""
   spec = dataclasses.replace(TINY, depth=2)
-  method = methods.build("dtl_plus", spec, first_write=1, kernel=2)
+  method = methods.build("dtl", spec, first_write=1)
   @jax.jit
   def both(trainable, params, images):
     return [gradient(method, backbones.build(spec, dtype), params, trainable, images)

@@ -161,6 +161,12 @@ def test_ablations_are_told_apart_by_their_options():
     papers.tables("dtl/table5", [row(method="linear")])
   with pytest.raises(report.Unlike, match="rank 2, swish on vtab/dtd differ in options.first_write"):
     papers.tables("dtl/table5", [row(seed=seed, options={"rank": 2, "first_write": 7 - seed}) for seed in (0, 1)])
+  by_m = [row(task, options={"rank": 2, "first_write": M}) for task, M in (("vtab/dtd", 7), ("vtab/svhn", 3))]
+  with pytest.raises(report.Unlike, match="rank 2, swish differ in options.first_write"):
+    papers.tables("dtl/table5", by_m)
+  strangers = [row(options={"rank": 2, "readout": "cls"}), row(options={"rank": 2, "beta": 1.0}),
+               row(options={"rank": 4}, backbone="swin_base.pth")]
+  assert "3 runs of other methods or tasks are left out" in papers.tables("dtl/table5", [*rows, *strangers])[0].remarks
 
 
 # --- Figures 1 and 3 ------------------------------------------------------------------------------------------------
@@ -178,6 +184,23 @@ def test_accuracy_against_costs(tmp_path):
   assert [line[:2] for line in written if line[0].startswith("ours")] == [["ours: parameters", "DTL"], [
       "ours: peak of a step", "DTL"]]
   assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_peaks_of_unlike_steps_are_not_averaged(tmp_path):
+  run = lambda task, method="dtl", peak=2**30, **changes: row(
+      task, 0, 0.8, method, trainable_without_classifier=0, train_peak_bytes=peak, **changes)
+  rows = [run("vtab/dtd"), run("vtab/svhn", peak=2**20, cached={"dtype": "float32", "views": 0}),
+          run("vtab/dtd", "linear"), run("vtab/dtd", "bitfit", devices=2), row("vtab/dtd", 0, 0.8, "ssf")]
+  table, = papers.tables("dtl/figure1", rows, out=str(tmp_path / "one.png"))
+  found = {each[0]: each[4:6] for each in table.rows}
+  assert found["DTL"] == [0, None] and found["Linear"] == [0, 1024] and found["SSF"] == [None, None]
+  assert any(line.startswith("the peaks of DTL differ in cached") and line.endswith("left out")
+             for line in table.remarks)
+  assert any(line.startswith("the peaks of the methods differ in devices") and line.endswith("do not compare")
+             for line in table.remarks)
+  written = [line[:2] for line in csv.reader(open(tmp_path / "one.csv"))]
+  assert ["ours: parameters", "DTL"] in written and ["ours: peak of a step", "DTL"] not in written
+  assert papers.tables("dtl/figure1", rows[:2], allow=("cached",))[0].rows[-3][5] == 512.5
 
 
 def few(task, shots, accuracy, method, seed=0):
@@ -234,12 +257,13 @@ def test_sensitivity_to_m(tmp_path):
 
 
 def test_sensitivity_says_what_its_costs_are_of(tmp_path):
-  rows = [point(1, 0.5, heads=3, from_cache=True), point(2, 0.6, heads=3), point(3, 0.5)]
+  rows = [point(1, 0.5, heads=3, from_cache=True), point(2, 0.6, heads=3, device="gpu"), point(3, 0.5)]
   rows[2]["val"]["accuracy"] = None
   remarks = analysis.figure("dtl/sensitivity", rows, tmp_path)[1]
   assert remarks[0] == "left out, as it diverged: line 3"
   assert any("up to 3 heads at once" in each for each in remarks)
   assert any("from cached activations" in each for each in remarks)
+  assert remarks[-1] == "points are of several devices, cpu, gpu: their peaks and times do not compare"
   both = [point(M, 0.5, method=method) for M in (1, 2) for method in ("dtl", "dtl_plus")]
   analysis.figure("dtl/sensitivity", both, tmp_path)
   assert [line[0] for line in table_of(tmp_path)[1:]] == ["dtl, vtab/dtd"] * 2 + ["dtl_plus, vtab/dtd"] * 2

@@ -191,6 +191,8 @@ def test_initialisation_of_lora():
     ("lora", {"rank": 0}, "rank is 0; expected 1 to the smallest block's width, 16"),
     ("lora", {"space": "weights"}, "set dropout=0 with space='weights'"),
     ("lora", {"compat": "noah"}, "set form='fused'"),
+    ("lora", {"dropout": 1}, "option 'dropout' of method 'lora' is 1.0; expected a number from 0 to below 1"),
+    ("noah", {"dropout": -0.1}, "option 'dropout' of method 'noah' is -0.1; expected"),
     ("linear", {"site": "block_1/out"}, "nearest: block_01/out"),
     ("linear", {"tokens": "max"}, "expected 'cls' or 'mean'"),
     ("linear", {"site": "patch"}, "no class token; use tokens='mean'")])
@@ -198,6 +200,16 @@ def test_wrong_options_are_one_line_errors(tiny_spec, name, options, message):
   with pytest.raises(ValueError) as error:
     methods.build(name, tiny_spec, **options)
   assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_methods_by_default_are_those_that_a_backbone_takes():
+  """Errors list them, on any backbone."""
+  merging = lambda spec: {name for name, method in methods.by_default(spec).items() if method.merge}
+  assert merging(backbones.architecture("resnet50")) == {"linear", "full", "scratch", "bitfit"} - (
+      set() if methods.fits("scratch", backbones.architecture("resnet50")) else {"scratch"})
+  assert {"linear", "lora", "fact_tk", "ssf"} <= merging(backbones.architecture("swin_tiny_test")) - {"fact_tt_"}
+  narrow = backbones.architecture("vit_tiny_test", heads=4)  # too narrow for the ladder's defaults
+  assert methods.fits("lst", narrow) and "lst" not in methods.by_default(narrow)
 
 
 @pytest.mark.parametrize("form", ["qv", "fused"])

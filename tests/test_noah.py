@@ -401,7 +401,9 @@ def test_what_a_search_needs(small_weights, tiny_task, tmp_path):
     ("noah", {"compat": "vpt"}, "compat is 'vpt'; expected None or 'noah'"),
     ("noah_search", {"choices": (5, 0)}, r"choices is \(5, 0\); expected whole numbers above 0"),
     ("noah_search", {"depths": (2, 3)}, r"depths is \(2, 3\); expected numbers of blocks from 1 to 2"),
-    ("noah_search", {"population": 0}, "population is 0; expected 1 or more")])
+    ("noah_search", {"population": 0}, "population is 0; expected 1 or more"),
+    ("noah_search", {"crossovers": -1}, "crossovers is -1; expected 0 or more"),
+    ("noah_search", {"p_depth": 1.5}, "p_depth is 1.5; expected a probability, 0 to 1")])
 def test_mistakes(name, options, message):
   with pytest.raises(ValueError, match=message):
     methods.build(name, TINY, **options)

@@ -238,6 +238,7 @@ def test_a_run_tells_its_recipe_and_what_it_cannot_say(tmp_path, tiny_weights, c
   told = capsys.readouterr().err
   assert "recipe: duration 110 epochs, batch_size 8, optim.name adamw, optim.lr 0.0003, optim.schedule dtl" in told
   assert "drop_path 0.1" in told and "options.kernel 3" in told
+  assert told.count("values are those of vtab/dtd on ViT-B/16") == 1
   assert told.count("heekhero/DTL @ bf6c51e): images are normalised by mean=0.5/0.5/0.5") == 1
   (recipe, options), = asked
   assert recipe.optim.decay == (("classifier/bias", 0.0),) and options["kernel"] == 3

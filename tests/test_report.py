@@ -157,7 +157,8 @@ def test_rows_are_read_from_below_folders(tmp_path):
     report.read(tmp_path / "a/x/none")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"method": "dtl"}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"method": "dtl"}', json.dumps(
+    {name: value for name, value in row().items() if name != "backbone"})])
 def test_a_result_that_no_run_wrote_is_named(tmp_path, text):
   (tmp_path / "result.json").write_text(text)
   with pytest.raises(ValueError, match="result.json"):

@@ -171,7 +171,8 @@ def test_nothing_but_state_dicts_and_nothing_runs(tmp_path):
       "past a mark": b"}(s", "no memory": b"h\x07", "odd items": b"}(" + text("a") + b"u",
       "tuple as key": b"}(" + tuple_(1) + number(1) + b"u", "set on a list": b"](" + text("a") + number(1) + b"u",
       "append to a dict": b"}" + number(1) + b"a", "bytes": b"C\x01a", "pop": b"}0", "unknown": b"\xff",
-      "a name of lines": b"}" + text("a\nb") + good + b"s", "number as name": b"}" + number(1) + good + b"s"}
+      "a name of lines": b"}" + text("a\nb") + good + b"s",
+      "a name before a mark": b"}" + text("w") + good + b"(s", "number as name": b"}" + number(1) + good + b"s"}
   for name, program in programs.items():
     wrapped = program if name.startswith(("a name", "number as")) else b"}" + text("w") + program + b"s"
     path = archive(tmp_path / "odd.pth", wrapped, {"0": bytes(24)})

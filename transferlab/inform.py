@@ -62,8 +62,7 @@ def costs(spec, method: str | None, method_options: dict, num_classes: int, *, b
   "first_stage" is of the first of several stages; the adapter that is saved is of the last."""
   if method is None and method_options:
     raise ValueError("options belong to one method; give --method")
-  names = [method] if method else [name for name in methods.METHODS if methods.fits(name, spec)]
-  built = {name: methods.build(name, spec, **method_options) for name in names}
+  built = {method: methods.build(method, spec, **method_options)} if method else methods.by_default(spec)
   if cached and method:
     features.check(built[method], spec)
   elif cached:

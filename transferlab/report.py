@@ -72,7 +72,8 @@ def read(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[dict]:
       row = json.loads(file.read_text())
     except (OSError, ValueError) as error:
       raise ValueError(f"{file} cannot be read ({error}); expected the row of a finished run") from None
-    known = isinstance(row, dict) and {"method", "options", "task", "source", "recipe", "test"} <= set(row)
+    known = isinstance(row, dict) and {"backbone", "method", "options", "task", "source", "protocol", "recipe",
+                                       "test"} <= set(row)
     if not known or not isinstance(row["options"], dict) or not isinstance(row["recipe"], dict):
       raise ValueError(f"{file} is no row of a run; expected what `transferlab train` writes")
     rows.append({**row, "path": str(file.parent)})

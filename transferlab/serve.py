@@ -231,7 +231,7 @@ def merge(classifier: Classifier, out, *, tolerance: float = 1e-3) -> float:
   """
   method, weights = classifier.method, classifier.weights
   if method.merge is None:
-    mergeable = [name for name in methods.METHODS if methods.build(name, weights.spec).merge]
+    mergeable = [name for name, each in methods.by_default(weights.spec).items() if each.merge]
     raise ValueError(f"{method.name} with options {method.options} has no equal plain weights; deploy the adapter "
                      f"file. Methods that merge: {', '.join(mergeable)}")
   params = jax.tree.map(np.asarray, method.merge(classifier.trainable, jax.device_put(weights.params)))

@@ -78,6 +78,8 @@ def sensitivity(rows: Sequence[dict], folder, allow: Sequence[str] = ()) -> tupl
   for method in dict.fromkeys(method for method, _ in found):
     _add_mean(method, found, [row for row in mine if row["method"] == method], allow)
   remarks = [f"left out, as it diverged: {row['path']}" for row in diverged] + _remarks(found)
+  if len(devices := dict.fromkeys(row["device"] for row in mine)) > 1:
+    remarks.append(f"points are of several devices, {', '.join(devices)}: their peaks and times do not compare")
   several = len({method for method, _ in found}) > 1
   series = {f"{method}, {task}" if several else task: places for (method, task), places in found.items()}
   return _written(Path(folder) / "dtl_sensitivity", series), remarks

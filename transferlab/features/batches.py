@@ -35,10 +35,10 @@ def cacheable(method: Method, spec) -> bool:
 def check(method: Method, spec, recipe: Recipe = Recipe()) -> None:
   """Raises `ValueError` where training from a cache would not be the training that is asked for."""
   if not cacheable(method, spec):
-    able = [name for name in methods.METHODS if methods.fits(name, spec) and cacheable(methods.build(name, spec), spec)]
+    able = [name for name, each in methods.by_default(spec).items() if cacheable(each, spec)]
     raise ValueError(f"{method.name} writes into the backbone from block {method.writes_from} of {spec.depth} on and "
                      "says nothing of what it reads below, so that no activations can be kept for it; these train from "
-                     f"a cache: {', '.join(able)}; or train without features")
+                     f"a cache: {', '.join(able)}, by their default options; or train without features")
   chosen = dataclasses.replace(augmentation(recipe), label_smoothing=0.0)
   if chosen.mixup or chosen.cutmix:
     raise ValueError(f"augmentation {recipe.augmentation!r} mixes the images of a batch, so that their activations "

@@ -34,7 +34,8 @@ class Trained(NamedTuple):
     chunks: how many heads trained at once.
     peak_bytes: of the largest program, on one device.
     logits: {split: [K, members, N, C]} of the last step, float32, if they were to be kept.
-    step_seconds: of a training step of the last stage, the mean over its steps and chunks; None if it has but one.
+    step_seconds: of a training step of the last stage, with the loading of its batch, the mean over its steps and
+      chunks; None if it has but one.
   """
   method: Method
   heads: tuple[Head, ...]

@@ -1,4 +1,5 @@
 """Every method under its name. A method is a function (spec, **options) -> Method; its defaults are its paper's."""
+import contextlib
 import inspect
 import typing
 
@@ -34,8 +35,8 @@ METHODS = {"linear": linear, "mlp3": mlp3, "full": full, "bitfit": bitfit, "lora
            "noah": noah, "noah_search": noah_search, "scratch": scratch, "ssf": ssf,
            "vpt_shallow": vpt_shallow, "vpt_deep": vpt_deep}
 
-# What a backbone must have, in words and as a test of its spec. lora and dtl work inside attention, or on its residual
-# stream of one width; batch statistics never train, so a network from random weights would have none.
+# What a backbone must have, in words and as a test of its spec. Most of these methods work inside attention or beside an
+# MLP; batch statistics never train, so a network from random weights would have none.
 _BLOCKS = ("transformer blocks", lambda spec: bool(spec.heads))
 _EQUAL_PIECES = ("transformer blocks whose MLP is a multiple of their width",
                  lambda spec: bool(spec.heads) and not spec.block(0).mlp_width % spec.block(0).width)
@@ -59,6 +60,16 @@ def fits(name: str, spec) -> bool:
   return name not in NEEDS or NEEDS[name][1](spec)
 
 
+def by_default(spec) -> dict[str, Method]:
+  """{name: the method with its default options} of all that work so on a backbone; some are too large for a small one.
+  """
+  found = {}
+  for name in METHODS:
+    with contextlib.suppress(ValueError):
+      found[name] = build(name, spec)
+  return found
+
+
 def build(name: str, spec, **options) -> Method:
   """The method `name` for a backbone; unknown names and options are errors that name the nearest valid ones."""
   if name not in METHODS:
@@ -75,4 +86,6 @@ def build(name: str, spec, **options) -> Method:
   kinds = typing.get_type_hints(METHODS[name])
   options = {key: typed(f"option {key!r} of method {name!r}", value, kinds[key], known[key]) if key in kinds else value
              for key, value in options.items()}
+  if isinstance(rate := options.get("dropout"), float) and not 0 <= rate < 1:
+    raise ValueError(f"option 'dropout' of method {name!r} is {rate}; expected a number from 0 to below 1")
   return METHODS[name](spec, **options)

@@ -42,11 +42,11 @@ def noah_search(spec, *, choices: tuple = (5, 10, 50, 100), depths: tuple = (), 
   largest until the search is over; "seed": int32 of the search}. Does not merge, as `noah`.
   """
   L, depths = spec.depth, depths or tuple(sorted({spec.depth * k // 4 for k in (1, 2, 3, 4)} - {0}))
-  _check(L, choices, depths, limit, generations, population, top)
+  plan = Plan(generations, population, top, mutations, crossovers, p_mutate, p_depth)
+  _check(L, choices, depths, limit, plan)
   largest = check(spec, {kind: tuple(max(choices) * (i < max(depths)) for i in range(L)) for kind in KINDS}, compat)
   named = lambda network: dict(zip(KINDS, network))
   space = Space(L, choices, depths, len(KINDS), lambda network: not limit or count(spec, named(network)) <= limit)
-  plan = Plan(generations, population, top, mutations, crossovers, p_mutate, p_depth)
 
   def init(rng, frozen, num_classes):
     rng, of_seed = jax.random.split(rng)
@@ -87,13 +87,15 @@ def random_sizes(rng, blocks: int, choices: tuple, depths: tuple) -> dict:
   return {kind: one(rng) for kind, rng in zip(KINDS, jax.random.split(rng, len(KINDS)))}
 
 
-def _check(L: int, choices, depths, limit: int, generations: int, population: int, top: int) -> None:
+def _check(L: int, choices, depths, limit: int, plan: Plan) -> None:
   whole = lambda n: isinstance(n, int) and not isinstance(n, bool)
   if not choices or not all(whole(n) and n > 0 for n in choices):
     raise ValueError(f"choices is {choices}; expected whole numbers above 0, such as (5, 10, 50, 100)")
   if not all(whole(n) and 1 <= n <= L for n in depths):
     raise ValueError(f"depths is {depths}; expected numbers of blocks from 1 to {L}, or () for quarters of them")
-  for name, value, least in (("limit", limit, 0), ("generations", generations, 1), ("population", population, 1),
-                             ("top", top, 1)):
-    if value < least:
-      raise ValueError(f"{name} is {value}; expected {least} or more")
+  least = {"limit": 0, "generations": 1, "population": 1, "top": 1, "mutations": 0, "crossovers": 0}
+  for name, value in {"limit": limit, **plan._asdict()}.items():
+    if name in least and value < least[name]:
+      raise ValueError(f"{name} is {value}; expected {least[name]} or more")
+    if name not in least and not 0 <= value <= 1:
+      raise ValueError(f"{name} is {value}; expected a probability, 0 to 1")

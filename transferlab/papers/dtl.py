@@ -3,8 +3,10 @@
 
 Printed averages are means of VTAB's three group means. What the text of the paper lost is named in `dtl.json`.
 """
+import functools
 from collections.abc import Sequence
 
+from transferlab import report
 from transferlab.papers import recipes
 from transferlab.papers.dtl_costs import costs
 from transferlab.papers.table import Table, accuracies, numbers, scores_of
@@ -16,21 +18,24 @@ NAMES = {"full": "Full", "linear": "Linear", "bitfit": "BitFit", "vpt_deep": "VP
          "dtl_plus_star": "DTL+*"}
 FAMILIES = {"table2": "vit", "table3": "swin"}
 RANKS = {"vit": 2, "swin": 4}
+OF_AN_ABLATION = ("options.first_read", "options.first_write")  # the size of a convolution is a task's own
 TOLD = ("backbone", "image_size", "registered", "options.rank", "options.first_write", "options.kernel",
         "options.form", "options.scale", "options.dim", "options.prompts", "steps", "recipe.optim.lr",
         "recipe.optim.schedule", "dtype", "seed", "protocol")
 
 
-def called(row: dict) -> str | None:
-  """The paper's name of a run's method, None of one that it does not have. Of DTL's, what the paper ablates stands
-  behind the name: "DTL, identity"."""
+def called(row: dict, family: str = "vit") -> str | None:
+  """The paper's name of a run's method, None of one that it does not have, or on a backbone of another family. Of
+  DTL's, what the paper ablates stands behind the name: "DTL, identity"."""
   method, options = row["method"], row["options"]
+  if recipes.family_of(row["backbone"]) != family:
+    return None
   if method == "linear" and options.get("site", "pooled") != "pooled":
     return None
   name = NAMES.get(method)
   if not method.startswith("dtl"):
     return name
-  usual = {"rank": RANKS.get(recipes.family_of(row["backbone"])), "activation": "swish", "beta": 100, "readout": "mean"}
+  usual = {"rank": RANKS[family], "activation": "swish", "beta": 100, "readout": "mean"}
   changed = {option: options[option] for option, value in usual.items() if options.get(option, value) != value}
   return ", ".join([name, *(value if isinstance(value, str) else f"{option} {value:g}"
                             for option, value in changed.items())])
@@ -46,10 +51,10 @@ def vtab(table: str, rows: Sequence[dict] = (), *, measure: bool = False, **opti
   printed = {method: dict(zip(known["tasks"].values(), values.get("accuracy", ())))
              for method, values in known[table].items()}
   names = {task: name for name, task in known["tasks"].items()}
-  own = lambda row: called(row) if recipes.family_of(row["backbone"]) == family else None
   title = (f"DTL, table {table[-1]}, {recipes.BACKBONES[family]}, VTAB-1k: accuracy in per cent. "
            f"{known['source']}")
-  found = accuracies(title, "vtab1k", printed, names, rows, own, TOLD, **options)
+  found = accuracies(title, "vtab1k", printed, names, rows, functools.partial(called, family=family),
+                     TOLD, **options)
   if family == "swin":
     found = _with_averages(found, known[table])
   remarks = ["the paper's average is the mean of the three group means; computed from its rounded accuracies, as here, "
@@ -79,20 +84,23 @@ def domains(rows: Sequence[dict] = (), **options) -> list[Table]:
 
 
 def ablation(rows: Sequence[dict] = (), *, split: str = "test", allow: Sequence[str] = ()) -> list[Table]:
-  """Table 5: rank, gate and convolution, as the average on VTAB-1k; ours by the options of runs of dtl and dtl_plus."""
+  """Table 5: rank, gate and convolution, as the average on VTAB-1k; ours by the options of runs of dtl and dtl_plus on
+  a ViT. Those of a row share M, too."""
   known = numbers(PAPER)
   printed = {(row["rank"], row["swish"], row["dwconv"]): row["average"] for row in known["table5"]}
   tasks = set(known["tasks"].values())
-  ours = [(_ablated(row), row) for row in rows if row["task"] in tasks and row["method"] in ("dtl", "dtl_plus")]
+  ours = [(key, row) for row in rows if row["task"] in tasks and (key := _ablated(row))]
   if rows and not ours:
-    raise ValueError(f"none of {len(rows)} runs belongs into table 5; expected runs of dtl or dtl_plus on tasks of "
-                     "vtab1k, see configs/dtl_ablation.py")
+    raise ValueError(f"none of {len(rows)} runs belongs into table 5; expected runs of dtl or dtl_plus on a ViT and "
+                     "tasks of vtab1k, see configs/dtl_ablation.py")
   keys = list(dict.fromkeys([*printed, *(key for key, _ in ours)]))
   label = {key: f"rank {key[0]}" + ", swish" * key[1] + ", DWConv" * key[2] for key in keys}
   averages, remarks = {}, [known["lost"]["table5"]]
   if ours:
     found, more = scores_of([{**row, "method": label[key]} for key, row in ours], "vtab1k", split, allow)
     averages, remarks = found.averages, remarks + more
+    for key in keys:
+      report.check_alike(label[key], [row for own, row in ours if own == key], OF_AN_ABLATION, allow)
   cells = []
   for key in keys:
     name, value = of_groups(averages.get(label[key], {}))
@@ -108,7 +116,11 @@ def of_groups(averages: dict[str, float]) -> tuple[str | None, float | None]:
   return next(((name, 100 * value) for name, value in averages.items() if "group means" in name), (None, None))
 
 
-def _ablated(row: dict) -> tuple[int, bool, bool]:
-  """(rank, whether the gate is swish, whether there is a convolution) of a run."""
+def _ablated(row: dict) -> tuple[int, bool, bool] | None:
+  """(rank, whether the gate is swish, whether there is a convolution) of a run; None of one that the table is not of.
+  """
   options = row["options"]
+  if called({**row, "options": {}}) not in ("DTL", "DTL+") or options.get("beta", 100) != 100 or options.get(
+      "readout", "mean") != "mean":
+    return None
   return options.get("rank"), options.get("activation", "swish") == "swish", row["method"] == "dtl_plus"

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transferlab import plots, report
-from transferlab.papers import recipes
 from transferlab.papers.dtl import PAPER, called, of_groups
 from transferlab.papers.table import Table, numbers, percent, scores_of
 from transferlab.plots import Plane, Point
@@ -14,6 +13,9 @@ from transferlab.report import Score
 
 SHOTS = (1, 2, 4, 8, 16)
 AVERAGE = "average of the five"
+# What a step's peak depends on beside its method and task.
+OF_A_PEAK = ("recipe.batch_size", "recipe.remat", "recipe.micro_batch", "cached", "image_size", "dtype", "device",
+             "devices")
 
 
 def trade_off(rows: Sequence[dict] = (), *, out: str = "", split: str = "test", allow: Sequence[str] = ()
@@ -22,25 +24,50 @@ def trade_off(rows: Sequence[dict] = (), *, out: str = "", split: str = "test", 
   training step."""
   known = numbers(PAPER)
   tasks = set(known["tasks"].values())
-  ours = [{**row, "method": called(row)} for row in rows if row["task"] in tasks and called(row)
-          and recipes.family_of(row["backbone"]) == "vit"]
+  ours = [{**row, "method": called(row)} for row in rows if row["task"] in tasks and called(row)]
   if rows and not ours:
     raise ValueError(f"none of {len(rows)} runs belongs into figure 1; expected methods of the paper, on a ViT and "
                      "tasks of vtab1k")
   found, remarks = scores_of(ours, "vtab1k", split, allow) if ours else (report.Report({}, {}, "", []), [])
-  cells = []
+  costs, unlike = _costs(ours, allow)
+  cells, remarks = [], remarks + unlike
   for name in dict.fromkeys([*known["table2"], *found.scores]):
     printed = known["table2"].get(name, {})
     label, value = of_groups(found.averages.get(name, {}))
-    mine = [row for row in ours if row["method"] == name]
-    mean = lambda field, unit, mine=mine: statistics.fmean(row[field] for row in mine) / unit if mine else None
     cells.append([name, *(printed.get(field) for field in ("params", "memory", "average")),
-                  mean("trainable_without_classifier", 1e6), mean("train_peak_bytes", 2**20),
-                  value, label])
+                  *costs.get(name, (None, None)), value, label])
   table = Table(f"DTL, figure 1, ViT-B/16 on VTAB-1k. {known['source']}",
                 ["method", "#param (M)", "memory (GB)", "average", "ours (M)", "ours (MiB)", "ours", "ours is"],
                 ["", ".2f", ".1f", ".1f", ".3f", ".0f", ".1f", ""], cells, [], remarks)
   return [_drawn(table, out, _trade_off_planes(cells), lines=False, columns=2)]
+
+
+def _costs(ours: Sequence[dict], allow: Sequence[str]) -> tuple[dict[str, tuple], list[str]]:
+  """{method: (million parameters, MiB of a step)}, means over its runs, and remarks. There is no mean of peaks that are
+  not of like steps, and no cost that a run does not have."""
+  groups: dict[str, list[dict]] = {}
+  for row in ours:
+    groups.setdefault(row["method"], []).append(row)
+  unlike = lambda what, rows: _unlike(f"the peaks of {what}", rows, allow)
+  apart = {method: found for method, rows in groups.items() if (found := unlike(method, rows))}
+  remarks = [f"{found}: left out" for found in apart.values()]
+  if found := unlike("the methods", [rows[0] for method, rows in groups.items() if method not in apart]):
+    remarks.append(f"{found}: they do not compare")
+  def mean(rows, field, unit):
+    values = [row.get(field) for row in rows]
+    return None if None in values else statistics.fmean(values) / unit
+  return {method: (mean(rows, "trainable_without_classifier", 1e6),
+                   None if method in apart else mean(rows, "train_peak_bytes", 2**20))
+          for method, rows in groups.items()}, remarks
+
+
+def _unlike(what: str, rows: Sequence[dict], allow: Sequence[str]) -> str:
+  """In what the steps of runs differ, "" in nothing that their peaks depend on."""
+  try:
+    report.check_alike(what, rows, OF_A_PEAK, allow)
+  except report.Unlike as error:
+    return str(error).partition("; these are not")[0]
+  return ""
 
 
 def _trade_off_planes(cells: list[list]) -> list[Plane]:
@@ -50,7 +77,7 @@ def _trade_off_planes(cells: list[list]) -> list[Plane]:
                          ("ours", 6, ((4, "parameters, M"), (5, "peak of a step, MiB")))):
     for x, xlabel in axes:
       series = {row[0]: [Point(row[x], row[y])] for row in cells
-                if row[y] is not None and (row[0] != "Full" or "param" not in xlabel)}
+                if None not in (row[x], row[y]) and (row[0] != "Full" or "param" not in xlabel)}
       made.append(Plane(f"{whose}: {xlabel.partition(',')[0]}", xlabel, "average accuracy, per cent", series))
   return made
 

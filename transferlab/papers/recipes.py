@@ -24,12 +24,14 @@ class Published(NamedTuple):
   """What is published for a method on a task.
 
   Fields:
+    values_of: the task and the backbone, "vtab/dtd on ViT-B/16".
     protocol, source: whose it is, and the repository.
     changes: {key of a configuration: value}.
     grid: {key: values} of what the paper chooses on validation; without it `changes` are complete.
     normalisation: of the images, as changes to a preprocessing.
     remarks: what a configuration does not say, one line each.
   """
+  values_of: str
   protocol: str
   source: str
   changes: dict[str, Any]
@@ -70,18 +72,19 @@ def find(method: str, task: str, family: str = "vit", *, shots: int = 0, chosen:
   for each in mine:
     tasks = each.get("tasks")  # without, values are the same for all
     if ("grid" in each) == chosen and (not tasks or key in tasks):
-      return _published(each, dict(zip(each["columns"], tasks[key])) if tasks else {})
+      values_of = f"{task}{f' with {shots} shots' * bool(shots)} on {BACKBONES[family]}"
+      return _published(each, dict(zip(each["columns"], tasks[key])) if tasks else {}, values_of)
   raise ValueError(_absent(method, suite, f"{name} with {shots} shots" if shots else name, family, chosen))
 
 
-def _published(recipe: dict, own: dict) -> Published:
+def _published(recipe: dict, own: dict, values_of: str) -> Published:
   """One of the collected recipes, with a task's own values."""
   common = collected()["protocols"][recipe["protocol"]]
   changes = {**common["changes"], **recipe["changes"], **own}
   grid = dict(recipe.get("grid", {}))
   if "base_lr" in grid:  # of batches of 256
     grid = {"optim.lr": [rate * changes["batch_size"] / 256 for rate in grid.pop("base_lr")], **grid}
-  return Published(recipe["protocol"], common["source"], changes, grid,
+  return Published(values_of, recipe["protocol"], common["source"], changes, grid,
                    recipe.get("normalisation", common["normalisation"]),
                    [*recipe.get("remarks", ()), *common["remarks"]])
 
@@ -130,6 +133,7 @@ def apply(config, published: Published) -> None:
   told = list(published.remarks)
   if published.grid:
     told.insert(0, f"{', '.join(published.grid)} are chosen on validation, by a sweep or as --config.KEY=")
+  told.insert(0, f"values are those of {published.values_of}, whatever else --config.KEY= changes")
   changes = ",".join(filter(None, (config.preprocessing, published.normalisation)))
   told.append(f"images are normalised by {published.normalisation}; here by what belongs to the weights, unless "
               f"--config.preprocessing={changes}")
