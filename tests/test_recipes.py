@@ -242,3 +242,15 @@ def test_a_run_tells_its_recipe_and_what_it_cannot_say(tmp_path, tiny_weights, c
   assert told.count("heekhero/DTL @ bf6c51e): images are normalised by mean=0.5/0.5/0.5") == 1
   (recipe, options), = asked
   assert recipe.optim.decay == (("classifier/bias", 0.0),) and options["kernel"] == 3
+
+
+def test_rows_of_the_ablation_are_table_5s():
+  config = lambda text: experiment.load(f"{CONFIGS / 'dtl_ablation.py'}:{text}")
+  rows = {row: config(f"row={row}") for row in ("identity", "dtl", "dtl_plus", "rank4", "rank1")}
+  told = lambda config: (config.method, config.options.activation, config.options.rank)
+  assert {row: told(config) for row, config in rows.items()} == {
+      "identity": ("dtl", "identity", None), "dtl": ("dtl", "swish", None), "dtl_plus": ("dtl_plus", "swish", None),
+      "rank4": ("dtl_plus", "swish", 4), "rank1": ("dtl_plus", "swish", 1)}
+  assert rows["dtl"].select == "last" and rows["dtl"].duration == "110 epochs"
+  with pytest.raises(ValueError, match="row is 'rank3'; expected one of identity"):
+    config("row=rank3")

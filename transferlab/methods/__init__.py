@@ -35,8 +35,8 @@ METHODS = {"linear": linear, "mlp3": mlp3, "full": full, "bitfit": bitfit, "lora
            "noah": noah, "noah_search": noah_search, "scratch": scratch, "ssf": ssf,
            "vpt_shallow": vpt_shallow, "vpt_deep": vpt_deep}
 
-# What a backbone must have, in words and as a test of its spec. Most of these methods work inside attention or beside an
-# MLP; batch statistics never train, so a network from random weights would have none.
+# What a backbone must have, in words and as a test of its spec. Most of these methods work inside attention or beside
+# an MLP; batch statistics never train, so a network from random weights would have none.
 _BLOCKS = ("transformer blocks", lambda spec: bool(spec.heads))
 _EQUAL_PIECES = ("transformer blocks whose MLP is a multiple of their width",
                  lambda spec: bool(spec.heads) and not spec.block(0).mlp_width % spec.block(0).width)
