@@ -249,7 +249,7 @@ def test_rows_of_the_ablation_are_table_5s():
   rows = {row: config(f"row={row}") for row in ("identity", "dtl", "dtl_plus", "rank4", "rank1")}
   told = lambda config: (config.method, config.options.activation, config.options.rank)
   assert {row: told(config) for row, config in rows.items()} == {
-      "identity": ("dtl", "identity", None), "dtl": ("dtl", "swish", None), "dtl_plus": ("dtl_plus", "swish", None),
+      "identity": ("dtl", "identity", 2), "dtl": ("dtl", "swish", 2), "dtl_plus": ("dtl_plus", "swish", 2),
       "rank4": ("dtl_plus", "swish", 4), "rank1": ("dtl_plus", "swish", 1)}
   assert rows["dtl"].select == "last" and rows["dtl"].duration == "110 epochs"
   with pytest.raises(ValueError, match="row is 'rank3'; expected one of identity"):
