@@ -3,30 +3,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_methods import GOLDEN, close, head, native, read
+from test_methods import GOLDEN, close, golden_gradient, head, native, read
 
 from transferlab import backbones, methods, tree
 from transferlab.method import Context, chain, forward, sizes
 from transferlab.methods import classifier
 
 TINY = backbones.architecture("vit_tiny_test")
-
-
-def golden_gradient(method, arrays, frozen, trainable):
-  """{"loss", "logits"} and the gradient on a golden's images, in the form of a training step."""
-  backbone, images = backbones.build(GOLDEN), arrays["images"].transpose(0, 2, 3, 1)  # [B, S, S, 3]
-  batch = {"target": jax.nn.one_hot(arrays["labels"], 10), "weight": jnp.ones(3)}
-
-  @jax.jit
-  def run(trainable, frozen, images):
-    def loss(trainable):
-      context = Context(batch=batch, frozen=frozen, train=True, rng=jax.random.key(0))
-      outputs = forward(method, backbone, trainable, images, context)
-      return method.loss(trainable, outputs, context), outputs.logits
-    return jax.value_and_grad(loss, has_aux=True)(trainable)
-
-  (loss, logits), gradient = run(trainable, frozen, images)
-  return {"loss": loss, "logits": logits}, gradient
 
 
 def originals(arrays) -> dict:
@@ -67,7 +50,7 @@ def test_golden(golden, file, name, options, trainable_of):
   arrays = read(golden(f"dtl_and_petl/{file}.npz"))
   method = methods.build(name, GOLDEN, dim=4, dropout=0.0, **options)
   frozen = native(in_timm_names(arrays) if name == "adaptformer" else arrays, "param/")
-  found, gradient = golden_gradient(method, arrays, frozen, trainable_of(arrays, "param/"))
+  found, gradient = golden_gradient(method, GOLDEN, arrays, frozen, trainable_of(arrays, "param/"))
   close(found, originals(arrays), 2e-6)
   assert len(tree.flatten(gradient)) == sum(key.startswith("grad64/") for key in arrays)  # every gradient is compared
   close(gradient, trainable_of(arrays, "grad64/"), 2e-6)

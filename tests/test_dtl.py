@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_methods import GOLDEN, close, head, native, read
+from test_methods import GOLDEN, close, golden_gradient, head, native, read
 
 from transferlab import backbones, methods, tree
 from transferlab.backbones.spec import Preprocessing, SwinSpec, ViTSpec
@@ -60,21 +60,10 @@ def test_golden(golden, file):
   """Logits, loss and the gradient of every trainable leaf equal the original's."""
   spec, name, options, blocks, stages = GOLDENS[file]
   arrays = read(golden(f"dtl_and_petl/{file}.npz"))
-  method, backbone = methods.build(name, spec, **options), backbones.build(spec)
-  batch = {"target": jax.nn.one_hot(arrays["labels"], 10), "weight": jnp.ones(3)}
-
-  @jax.jit
-  def run(trainable, frozen, images):
-    def loss(trainable):
-      context = Context(batch=batch, frozen=frozen, train=True, rng=jax.random.key(0))
-      outputs = forward(method, backbone, trainable, images, context)
-      return method.loss(trainable, outputs, context), outputs.logits
-    return jax.value_and_grad(loss, has_aux=True)(trainable)
-
   with jax.default_matmul_precision("highest"):
-    (loss, logits), gradient = run(trainable_of(arrays, "param/", spec, blocks, stages), params_of(arrays, spec),
-                                   arrays["images"].transpose(0, 2, 3, 1))
-  close({"loss": loss, "logits": logits}, {"loss": arrays["loss_f64"], "logits": arrays["logits_f64"]})
+    found, gradient = golden_gradient(methods.build(name, spec, **options), spec, arrays, params_of(arrays, spec),
+                                      trainable_of(arrays, "param/", spec, blocks, stages))
+  close(found, {"loss": arrays["loss_f64"], "logits": arrays["logits_f64"]})
   close(gradient, trainable_of(arrays, "grad64/", spec, blocks, stages))
   unused = json.loads(str(arrays["meta_json"]))["trainable_without_grad"]  # convolutions of stages that never write
   assert len(tree.flatten(gradient)) == sum(name.startswith("grad64/") for name in arrays)

@@ -3,8 +3,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_adapters import filled, golden_gradient, originals
-from test_methods import GOLDEN, close, head, native, read
+from test_adapters import filled, originals
+from test_methods import GOLDEN, close, golden_gradient, head, native, read
 
 from transferlab import backbones, methods, tree
 from transferlab.method import Context, sizes
@@ -42,7 +42,7 @@ def test_golden(golden, file, name, options, trainable_of):
   1e-6 off."""
   arrays = read(golden(f"dtl_and_petl/{file}.npz"))
   method, trainable = methods.build(name, GOLDEN, **options), trainable_of(arrays, "param/")
-  found, gradient = golden_gradient(method, arrays, native(arrays, "param/"), trainable)
+  found, gradient = golden_gradient(method, GOLDEN, arrays, native(arrays, "param/"), trainable)
   close(found, originals(arrays), 5e-6)
   count = lambda flat: sum(leaf.size for leaf in flat.values())
   compared = {key: leaf for key, leaf in arrays.items() if key.startswith("grad64/")}

@@ -79,15 +79,10 @@ def read(path):
     return dict(file)
 
 
-@pytest.mark.parametrize("file, name, options, trainable_of", GOLDENS,
-                         ids=[f"{g[0]}-{g[2].get('space', 'activations')}" for g in GOLDENS])
-def test_golden(golden, file, name, options, trainable_of):
-  """Logits, loss and the gradient of every trainable leaf equal the original's."""
-  arrays = read(golden(f"dtl_and_petl/{file}.npz"))
-  method, backbone = methods.build(name, GOLDEN, **options), backbones.build(GOLDEN)
-  frozen, trainable = native(arrays, "param/"), trainable_of(arrays, "param/")
+def golden_gradient(method, spec, arrays, frozen, trainable):
+  """{"loss", "logits"} and the gradient on a golden's images, in the form of a training step."""
+  backbone, images = backbones.build(spec), arrays["images"].transpose(0, 2, 3, 1)  # [B, S, S, 3]
   batch = {"target": jax.nn.one_hot(arrays["labels"], 10), "weight": jnp.ones(3)}
-  images = arrays["images"].transpose(0, 2, 3, 1)  # [B, S, S, 3]
 
   @jax.jit
   def run(trainable, frozen, images):
@@ -98,8 +93,19 @@ def test_golden(golden, file, name, options, trainable_of):
     return jax.value_and_grad(loss, has_aux=True)(trainable)
 
   (loss, logits), gradient = run(trainable, frozen, images)
-  chex.assert_shape(logits, (3, 10))
-  close({"loss": loss, "logits": logits}, {"loss": arrays["loss_f64"], "logits": arrays["logits_f64"]})
+  return {"loss": loss, "logits": logits}, gradient
+
+
+@pytest.mark.parametrize("file, name, options, trainable_of", GOLDENS,
+                         ids=[f"{g[0]}-{g[2].get('space', 'activations')}" for g in GOLDENS])
+def test_golden(golden, file, name, options, trainable_of):
+  """Logits, loss and the gradient of every trainable leaf equal the original's."""
+  arrays = read(golden(f"dtl_and_petl/{file}.npz"))
+  method = methods.build(name, GOLDEN, **options)
+  frozen, trainable = native(arrays, "param/"), trainable_of(arrays, "param/")
+  found, gradient = golden_gradient(method, GOLDEN, arrays, frozen, trainable)
+  chex.assert_shape(found["logits"], (3, 10))
+  close(found, {"loss": arrays["loss_f64"], "logits": arrays["logits_f64"]})
   trained = json.loads(str(arrays["meta_json"]))["trainable"]
   assert {f"grad/{name}" for name in trained} == {name for name in arrays if name.startswith("grad/")}
   assert len(tree.flatten(gradient)) == len(trained)  # every gradient is compared
