@@ -155,13 +155,16 @@ def steps(spec) -> None:
   race([clock for clock, _, _ in rows.values()], rate_clock)
   rate = flops / rate_clock.seconds()  # by best, by median, by CPU second
   print(f"matmul rate: {rate[0] / 1e9:.0f} GFLOP/s at best, {rate[1] / 1e9:.0f} in the median\n")
-  print(f"{'':10}{'needed':>9}{'seconds':>9}{'':>9}{'efficiency':>12}{'':>9}{'':>10}{'peak':>9}")
-  print(f"{'what':10}{'TFLOP':>9}{'best':>9}{'median':>9}{'best':>12}{'median':>9}{'CPU time':>10}{'MiB':>9}")
+  print(f"{'':10}{'needed':>9}{'seconds':>9}{'':>9}{'efficiency':>12}{'':>9}{'':>10}{'peak':>9}   of the forward pass")
+  print(f"{'what':10}{'TFLOP':>9}{'best':>9}{'median':>9}{'best':>12}{'median':>9}{'CPU time':>10}{'MiB':>9}"
+        f"{'best':>8}{'median':>8}{'CPU':>7}")
+  forward = rows["forward"][0].seconds() if "forward" in rows else None
   for name, (clock, needed, peak) in rows.items():
     seconds = clock.seconds()
     best, median, cpu = 100 * needed / (seconds * rate)
+    ratios = "" if forward is None else "{:8.2f}{:8.2f}{:7.2f}".format(*seconds / forward)
     print(f"{name:10}{needed / 1e12:9.2f}{seconds[0]:9.3f}{seconds[1]:9.3f}{best:11.0f}%{median:8.0f}%"
-          f"{f'{cpu:9.0f}%' if ARGS.device == 'cpu' else '-':>10}{peak / 2**20:9.0f}")
+          f"{f'{cpu:9.0f}%' if ARGS.device == 'cpu' else '-':>10}{peak / 2**20:9.0f}{ratios}")
 
 
 def parts(spec) -> None:

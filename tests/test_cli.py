@@ -341,7 +341,7 @@ BAD_FLAGS = {
     "no files": (["predict", "--adapter=x"], ["no images given"]), "no config": (["train"], ["--config is missing"]),
     "no out": (["convert", "--backbone=x"], ["--out is missing"]),
     "a number that is none": (["info", "--batch_size=many"], ["batch_size", "many"]),
-    "an unknown method": (["info", "--method=dlt"], ["method 'dlt' is unknown", "nearest: lst, dtl"]),
+    "an unknown method": (["info", "--method=dtll"], ["method 'dtll' is unknown", "nearest: dtl"]),
     "an unknown backbone": (["info", "--backbone=vit_b61"], ["'vit_b61'", "vit_b16"]),
     "an unknown option": ([*LORA, "--options=rnk=2"], ["'rnk'", "nearest: rank"]),
     "an option of another type": ([*LORA, "--options=rank=two"], ["expected int"]),

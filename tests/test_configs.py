@@ -124,8 +124,8 @@ def test_unknown_options_are_errors(tiny_weights, tiny_task):
 
 
 def test_unknown_methods_and_arguments_are_errors():
-  with pytest.raises(ValueError, match="method 'dlt' is unknown; nearest: dtl"):
-    experiment.defaults("dlt")
+  with pytest.raises(ValueError, match="method 'dtll' is unknown; nearest: dtl"):
+    experiment.defaults("dtll")
   with pytest.raises(ValueError, match="config has no key 'seeds'; nearest: seed"):
     experiment.defaults("dtl", seeds=1)
   with pytest.raises(ValueError, match="config argument 'metod=dtl' is not understood; .*nearest: method"):
