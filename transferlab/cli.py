@@ -20,7 +20,7 @@ USAGE = """usage: transferlab VERB [--flag=value …]      (transferlab VERB --h
   train     --config=configs/vtab.py:method=dtl --suite=vtab1k --data_dir=/data --workdir=runs/vtab
   sweep     --config=configs/vtab.py:phase=tune --grid="optim.lr=1e-3,1e-2" --final=phase=final --workdir=runs/dtd
   report    runs/vtab
-  report    runs/vtab --paper=head2toe/vit_b16
+  report    runs/vtab --paper=dtl/table2
   report    runs/vtab --figure=head2toe/layers --out=figures
   eval      --adapter=runs/mine/adapter.safetensors --data=folder:/images
   predict   --adapter=runs/mine/adapter.safetensors --out=predictions.csv image.jpg folder/
