@@ -1,6 +1,6 @@
 """The conformance table: a row per registered method, each property a test of its own.
 
-A property that breaks names the method, the backbone and the property, e.g. test_property[dtl-vit_tiny_test-devices].
+A property that breaks names the method, the backbone and the property, e.g. test_property[dtl-devices].
 """
 import dataclasses
 import functools
