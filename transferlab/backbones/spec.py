@@ -332,9 +332,11 @@ class SwinSpec:
     return self.grid_of(0)
 
   def width_of(self, stage: int) -> int:
+    """D of a stage's tokens."""
     return self.embed_width * 2 ** stage
 
   def grid_of(self, stage: int) -> tuple[int, int]:
+    """Rows and columns of a stage's map, in tokens."""
     side = self.image_size // self.patch_size // 2 ** stage
     return side, side
 

@@ -141,6 +141,7 @@ class Swin(nn.Module):
     return pooled, carry
 
   def embed(self, images, visit, carry):
+    """(carry, tokens [B, T, D] of the first stage) of images [B, S, S, 3]."""
     spec, p, D = self.spec, self.spec.patch_size, self.spec.embed_width
     kernel = self.param("patch_kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), (p, p, 3, D))
     bias = self.param("patch_bias", nn.initializers.zeros, (D,))

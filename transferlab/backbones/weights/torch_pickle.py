@@ -64,6 +64,7 @@ class Machine:
     return self.pop()
 
   def step(self, name: str, argument) -> None:
+    """One operation of the program; those that no state dict needs are refused."""
     match name:
       case "PROTO" | "STOP":
         pass
@@ -101,9 +102,11 @@ class Machine:
         raise self.refused(f"needs the operation {name}")
 
   def refused(self, what: str) -> WeightsError:
+    """The error of a program that does what no state dict does."""
     return WeightsError(f"{self.file} is refused: it {what}, which no state dict does. {CONVERT}")
 
   def damaged(self, what: str) -> WeightsError:
+    """The error of numbers that contradict each other."""
     return WeightsError(f"{self.file}: {what}; it is damaged or made to mislead: fetch it again")
 
   def take(self, count: int) -> list:
@@ -116,6 +119,7 @@ class Machine:
     return items
 
   def pop(self):
+    """The last value, taken off the stack."""
     return self.take(1)[0]
 
   def since_mark(self) -> list:
@@ -132,12 +136,14 @@ class Machine:
     return self.stack[-1]
 
   def set_items(self, items: list) -> None:
+    """Puts keys and values, in turn, into the dict on top of the stack."""
     names = items[::2]
     if len(items) % 2 or not all(isinstance(name, (str, int)) for name in names):
       raise self.refused("has a dict whose keys are neither texts nor whole numbers")
     self.top(dict).update(zip(names, items[1::2], strict=True))
 
   def name(self, asked: str) -> Global:
+    """The record that stands for one of the few names a state dict may ask for."""
     if asked not in _GLOBALS:
       raise self.refused(f"asks for {asked.replace(' ', '.')[:80]!r} and could run code with it")
     return Global(asked.partition(" ")[2])
