@@ -378,7 +378,7 @@ def test_scores_are_accuracies(ran, one_block, tiny_task):
   run, (variants, found) = make_predict(method, backbones.build(ONE), one_block.preprocessing), ran.scored[1]
   def accuracy(variant):
     own = {**state, "sizes": jax.tree.map(jnp.asarray, variant)}
-    return evaluate(lambda images: run(trainable, own, one_block.params, images), loader, 4).accuracy
+    return evaluate(lambda images, _: run(trainable, own, one_block.params, images), loader, 4).accuracy
   assert found == pytest.approx([accuracy(variant) for variant in variants]) and len(set(found)) > 1
 
 

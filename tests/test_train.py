@@ -150,7 +150,7 @@ def test_test_is_opened_once_and_after_selection(tiny_weights, tiny_task, monkey
 def test_evaluation_counts_the_last_partial_batch(tiny_task, tiny_weights, split, batch_size, device_count):
   rng = np.random.default_rng(0)
   project = rng.normal(size=(16 * 16 * 3, 4)).astype(np.float32) / 5000
-  logits_of = jax.jit(lambda images: images.reshape(len(images), -1).astype(jnp.float32) @ project)
+  logits_of = jax.jit(lambda images, weight=None: images.reshape(len(images), -1).astype(jnp.float32) @ project)
   split = tiny_task.splits[split]
   loader = data.eval_loader(split, tiny_weights.preprocessing, batch_size=batch_size)
   found = evaluate(logits_of, loader, 4, mesh=devices.make_mesh(device_count))

@@ -20,7 +20,7 @@ from transferlab import backbones, config, methods, tree
 from transferlab.backbones.spec import Preprocessing
 from transferlab.backbones.weights import Weights
 from transferlab.files import atomic
-from transferlab.method import Method
+from transferlab.method import Method, classes
 
 FORMAT = 1
 MAX_DEPTH = 256  # of a backbone that a file's header describes
@@ -129,7 +129,7 @@ def load_adapter(path) -> Adapter:
     spec = config.fill(backbones.FAMILIES[header["backbone"]["spec"]["family"]][0], header["backbone"]["spec"], "spec")
     preprocessing = Preprocessing.from_dict(header["preprocessing"])
     method, (trainable, state) = _last_stage(methods.build(header["method"], spec, **header["options"]), spec,
-                                             len(header["class_names"]))
+                                             header["class_names"])
   except (TypeError, ValueError, ArithmeticError, KeyError) as error:
     raise ValueError(f"{path} describes a method that cannot be built: {error}; the file is damaged or of another "
                      "version, train again") from None
@@ -141,10 +141,10 @@ def load_adapter(path) -> Adapter:
                  preprocessing, header["backbone"], header)
 
 
-def _last_stage(method: Method, spec, num_classes: int):
+def _last_stage(method: Method, spec, class_names: list[str]):
   """(method, shapes of its trainable and state) of a method's last stage, which is the one that is saved."""
   while True:
-    init = lambda rng, frozen, stage=method: stage.init(rng, frozen, num_classes)
+    init = lambda rng, frozen, stage=method: stage.init(rng, frozen, classes(stage, class_names))
     shapes = jax.eval_shape(init, jax.random.key(0), backbones.abstract_params(spec))
     if method.then is None:
       return method, shapes

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from transferlab import backbones, features
+from transferlab import backbones, devices, features
 from transferlab.backbones.spec import Preprocessing
-from transferlab.method import Method, needed, predict, sizes
+from transferlab.method import Method, classes, needed, predict, sizes
 from transferlab.optim import Optim, make_optimiser
 from transferlab.step import compile_step, inputs_of, make_step, start
 
@@ -100,9 +100,11 @@ def of_training(spec, method: Method, num_classes: int, *, batch_size: int = 32,
 def _arguments(spec, method: Method, num_classes: int, batch_size: int, dtype, cached: bool) -> tuple:
   """Shapes of what a step takes: (run, frozen, batch)."""
   whole = backbones.abstract_params(spec)
-  cast = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype)
-  frozen = jax.tree.map(cast, needed(method, whole, spec.depth, cached))
-  trainable, state = jax.eval_shape(lambda rng, p: method.init(rng, p, num_classes), jax.random.key(0), whole)
+  init = lambda rng, params: method.init(rng, params, classes(method, num_classes))
+  trainable, state = jax.eval_shape(init, jax.random.key(0), whole)
+  prepared = jax.eval_shape(method.prepare, whole, state)
+  kept = needed(method, prepared, spec.depth, cached)
+  frozen = jax.eval_shape(lambda kept, whole: devices.cast(kept, whole, dtype), kept, whole)
   optimiser = make_optimiser(Optim(), lambda step: 1e-3, trainable)
   run = jax.eval_shape(lambda t, s: start(t, s, optimiser), trainable, state)
   batch = image_batch(spec, batch_size)

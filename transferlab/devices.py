@@ -45,6 +45,17 @@ def replicate(tree, mesh: Mesh):
   return jax.device_put(tree, replicated(mesh))
 
 
+def cast(frozen: dict, params: dict, dtype) -> dict:
+  """Frozen parameters in the type that a backbone computes in: the floats among its own `params`.
+
+  Scalars stay as they are, and so does what a method has made of parameters under other names (`Method.prepare`).
+  """
+  def one(leaf):
+    floats = jnp.ndim(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return jnp.asarray(leaf, dtype) if floats else jnp.asarray(leaf)
+  return {name: jax.tree.map(one if name in params else jnp.asarray, leaf) for name, leaf in frozen.items()}
+
+
 def put_batch(batch: dict, mesh: Mesh) -> dict:
   """Puts a batch of arrays [B, …], nested or not, on the devices, B split over `data`.
 

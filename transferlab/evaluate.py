@@ -53,11 +53,11 @@ class Evaluation(NamedTuple):
 
 
 def make_predict(method: Method, backbone: backbones.Backbone, preprocessing: Preprocessing) -> Callable:
-  """A jitted (trainable, state, frozen, inputs) -> logits [B, C] float32; inputs are images [B, S, S, 3] on 0 … 255, or
-  cached activations {slot: [B, …]}."""
-  return jax.jit(lambda trainable, state, frozen, inputs: predict(
+  """A jitted (trainable, state, frozen, inputs, weight=None) -> logits [B, C] float32; inputs are images [B, S, S, 3]
+  on 0 … 255, or cached activations {slot: [B, …]}; weight [B] is 0 for padding."""
+  return jax.jit(lambda trainable, state, frozen, inputs, weight=None: predict(
       method, backbone, trainable, state, frozen,
-      inputs if isinstance(inputs, dict) else to_inputs(inputs, preprocessing)))
+      inputs if isinstance(inputs, dict) else to_inputs(inputs, preprocessing), weight))
 
 
 def make_predict_members(method: Method, backbone: backbones.Backbone, preprocessing: Preprocessing) -> Callable:
@@ -93,8 +93,8 @@ def evaluate(logits_of: Callable, loader: data.EvalLoader, num_classes: int, *, 
   """Counts the predictions for everything a loader holds.
 
   Args:
-    logits_of: images [B, S, S, 3] uint8, or cached activations {slot: [B, …]}, whichever the batches hold -> logits
-      [B, C]; called with batches of one size.
+    logits_of: (images [B, S, S, 3] uint8, or cached activations {slot: [B, …]}, whichever the batches hold, weight [B]
+      with 0 for padding) -> logits [B, C]; called with batches of one size.
     loader: from `data.eval_loader`, or over cached activations.
     num_classes: C.
     among: the classes that compete, by index; the logits of others count as minus infinity. () for all.
@@ -108,8 +108,9 @@ def evaluate(logits_of: Callable, loader: data.EvalLoader, num_classes: int, *, 
   with Progress(len(loader), f"evaluating {loader.split.name}", quiet=quiet) as progress:
     for batch in loader:
       rows = batch["weight"] > 0
-      inputs = devices.put_batch(batch, mesh)["activations" if "activations" in batch else "image"]
-      logits = np.asarray(logits_of(inputs))[:len(rows)][rows]  # [b, C]
+      put = devices.put_batch(batch, mesh)
+      inputs = put["activations" if "activations" in batch else "image"]
+      logits = np.asarray(logits_of(inputs, put["weight"]))[:len(rows)][rows]  # [b, C]
       if len(outside):
         logits = logits.copy()
         logits[:, outside] = -np.inf

@@ -20,7 +20,7 @@ from transferlab import data, methods, tree
 from transferlab.backbones.weights import Weights, load_weights, with_logits
 from transferlab.progress import say
 from transferlab.recipe import Recipe
-from transferlab.train import Fit, fit
+from transferlab.train import Fit, adapted, fit
 from transferlab.tree import nearest
 
 
@@ -214,7 +214,8 @@ def weights_of(experiment: Experiment) -> Weights:
   weights = load_weights(experiment.backbone, architecture=experiment.architecture or None,
                          image_size=experiment.image_size or None, download=experiment.download)
   weights = weights._replace(preprocessing=weights.preprocessing.changed(experiment.preprocessing))
-  return with_logits(weights) if experiment.logits else weights
+  weights = with_logits(weights) if experiment.logits else weights
+  return adapted(weights, experiment.method)
 
 
 def run(config: Any, workdir=None, quiet: bool = False) -> Fit:

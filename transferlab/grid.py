@@ -11,7 +11,7 @@ import jax
 from transferlab import experiment, methods
 from transferlab.backbones.weights import Weights
 from transferlab.features import activation_shapes
-from transferlab.method import Method
+from transferlab.method import Method, classes
 from transferlab.recipe import Recipe
 
 OF_THE_TASK = ("data", "data_dir")  # scores of different images say nothing about which setting is better
@@ -150,7 +150,7 @@ def group(points: Sequence[Point], weights: Sequence[Weights], num_classes: int)
 def stages(method: Method, weights: Weights) -> list[Method]:
   """The stages of a method, to ask what they read, write and choose from; that is the same whatever they learn, and for
   any number of classes."""
-  follows = method.then and method.then(*method.init(jax.random.key(0), weights.params, 2))
+  follows = method.then and method.then(*method.init(jax.random.key(0), weights.params, classes(method, 2)))
   return [method, *(stages(follows, weights) if follows else ())]
 
 
@@ -172,7 +172,8 @@ def _shared(point: Point, method: Method, weights: Weights, num_classes: int) ->
   del values["seed"], values["optim"]["lr"], values["optim"]["weight_decay"]
   free = {*method.varies, *(["site"] if method.visit is None else [])}
   values["options"] = {name: value for name, value in method.options.items() if name not in free}
-  made = jax.eval_shape(lambda rng, params: method.init(rng, params, num_classes), jax.random.key(0), weights.params)
+  init = lambda rng, params: method.init(rng, params, classes(method, num_classes))
+  made = jax.eval_shape(init, jax.random.key(0), weights.params)
   read = activation_shapes(weights.spec, method.reads)
   shapes = [str(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), tree)) for tree in (made, read)]
   return json.dumps([values, weights.hash, weights.preprocessing.to_dict(), shapes], sort_keys=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from transferlab import backbones, cost, features, heads, methods
 from transferlab.backbones import zoo
 from transferlab.backbones.weights import load_weights, with_logits
-from transferlab.method import Context, Method, forward, sizes
+from transferlab.method import Context, Method, classes, forward, sizes
 from transferlab.tree import nearest
 
 
@@ -67,9 +67,10 @@ def costs(spec, method: str | None, method_options: dict, num_classes: int, *, b
     features.check(built[method], spec)
   elif cached:
     built = {name: each for name, each in built.items() if features.cacheable(each, spec)}
-  row = lambda each: cost.of(spec, each, num_classes, batch_size=batch_size, remat=remat, cached=cached, dtype=dtype)
+  row = lambda name, each: cost.of(methods.adapted(name, spec), each, num_classes, batch_size=batch_size, remat=remat,
+                                   cached=cached, dtype=dtype)
   stage = lambda each: {"first_stage": True} if each.then else {}
-  return [{"method": name, "backbone": spec.name, **row(each), **stage(each)} for name, each in built.items()]
+  return [{"method": name, "backbone": spec.name, **row(name, each), **stage(each)} for name, each in built.items()]
 
 
 def compared(spec, method: str, method_options: dict, num_classes: int, against: str, *, count: int = 0,
@@ -114,7 +115,7 @@ def members(spec, method: Method, num_classes: int) -> list[str]:
   if not method.members:
     return []
   def run(rng, params, activations):
-    trainable, state = method.init(rng, params, num_classes)
+    trainable, state = method.init(rng, params, classes(method, num_classes))
     return method.members(forward(method, None, trainable, activations, Context(state=state)))
   found = jax.eval_shape(run, jax.random.key(0), backbones.abstract_params(spec),
                          features.activation_shapes(spec, method.reads))

@@ -4,16 +4,20 @@
     features, carry = backbone(frozen', images, visit(trainable, ctx), carry)
     logits = readout(trainable, features, carry, ctx)
 
+On a CLIP the class names are inputs, too: `prompts` turns them into texts, whose tokens `init` receives, and `prepare`
+may compute their features once for a whole run.
+
 Only `trainable` is ever differentiated. A method made of several stages names in `then` the method that follows it.
 """
 from typing import Any, NamedTuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from transferlab import losses
-from transferlab.backbones import Backbone
+from transferlab.backbones import Backbone, Towers
 
 
 class Read(NamedTuple):
@@ -34,9 +38,9 @@ class Context(NamedTuple):
 
   Fields:
     batch: label [B] int32, target [B, C] (one-hot, smoothed or mixed), weight [B] (0 marks padding), domain [B] if any;
-      empty when predicting.
+      when predicting weight at most.
     state: arrays the method needs and does not train.
-    frozen: the backbone's parameters.
+    frozen: the backbone's parameters, as `Method.prepare` gives them.
     reference: sites of a second, frozen pass, if the method asks for one.
     rng: key for dropout and the like, None unless training.
     train: whether this is a training step.
@@ -58,13 +62,28 @@ class Outputs(NamedTuple):
   carry: Any     # the visitor's last carry, after `Method.finish`
 
 
+class Prompts(NamedTuple):
+  """Texts that a method on a CLIP wants of class names.
+
+  Fields:
+    strings: (class names) -> {slot: texts}; their numbers depend on the number of classes alone.
+    context: tokens of a text, T.
+  """
+  strings: Callable
+  context: int
+
+
 class Method(NamedTuple):
   """An adaptation method for one backbone.
 
   Fields:
     name: its registered name.
     options: its options as plain data; with the name they rebuild it.
-    init: (rng, frozen, num_classes) -> trainable, state.
+    init: (rng, frozen, num_classes) -> trainable, state; of a method with `prompts` (rng, frozen, {slot: ids [n, T]}).
+    prompts: the texts it wants, None if it knows classes by their number. Ids that it needs later belong to its state.
+    prepare: (frozen, state) -> frozen', what of the frozen parameters a run or a loaded adapter keeps. It is called
+      once, on arrays, and may compute what is the same for all images, as features of the class prompts are.
+    texts: (ctx) -> ids [P, T] that the text tower runs over in every step; None if it does not run.
     weights: (trainable, frozen) -> frozen', parameters rewritten before the call.
     visit: (trainable, ctx) -> visitor of the forward pass; None for a method that only collects what it `reads`, whose
       carry then is {slot: reduced activation}.
@@ -77,7 +96,8 @@ class Method(NamedTuple):
       visitor of its own reads unreduced sites; one that writes, all that its visitor uses below block `writes_from`,
       and as the last one what leaves the block before that one, where its run from a cache goes on.
     reference: sites of a second, frozen pass that ctx shall hold.
-    writes_from: index of the first block whose computation depends on trainable; the depth if none does.
+    writes_from: index of the first block whose computation depends on trainable, of a CLIP's image tower; the depth if
+      none does.
     merge: (trainable, frozen) -> frozen', the same classifier on a plain backbone; None where mathematics forbids it.
     frozen: False if the method never looks at the frozen parameters after init, so that no second copy is kept.
     recipe: what the recipe is to be for this stage alone, {"duration": "500 epochs", "optim": {"lr": 5e-4}}; see
@@ -99,6 +119,9 @@ class Method(NamedTuple):
   init: Callable
   readout: Callable
   writes_from: int
+  prompts: Prompts | None = None
+  prepare: Callable = lambda frozen, state: frozen
+  texts: Callable | None = None
   weights: Callable = lambda trainable, frozen: frozen
   visit: Callable | None = None
   carry: Any = ()
@@ -167,11 +190,12 @@ def drop_path(rng, rate: float, depth: int):
   """Stochastic depth (Huang et al. 2016) as a visitor.
 
   Each branch of a sample is dropped with a rate that grows linearly from 0 at the first block to `rate` at the last;
-  kept branches are scaled by 1 / keep. Attention and MLP draw apart; a ResNet's block has one branch.
+  kept branches are scaled by 1 / keep. Attention and MLP draw apart; a ResNet's block has one branch, and of a CLIP
+  only the image tower drops some.
   """
   def visit(carry, site, y, x):
     del x
-    block, _, place = site.partition("/")
+    block, _, place = site.removeprefix("image/").partition("/")
     if place not in ("attn", "mlp", "branch"):
       return carry, y
     index = int(block.rsplit("_", 1)[1])
@@ -208,10 +232,14 @@ def forward(method: Method, backbone: Backbone | None, trainable, inputs, ctx: C
     _, seen = backbone.apply(ctx.frozen, inputs, record(*method.reference), {})
     ctx = ctx._replace(reference=seen)
   visit, carry = visitor(method, trainable, ctx)
-  goes_on = not cached or backbone is not None and method.writes_from < backbone.spec.depth
+  texts = method.texts(ctx) if method.texts else None
+  writes = backbone is not None and method.writes_from < backbone.spec.depth
+  goes_on = not cached or writes or texts is not None
   if cached:
     start = method.writes_from
     carry, inputs = _replayed(method, visit, carry, inputs, backbone.dtype if goes_on else jnp.float32)
+  if texts is not None:
+    inputs, start = (Towers(inputs, texts), start) if not cached or writes else (Towers(None, texts), 0)
   if goes_on:
     if ctx.train and drop_path_rate:
       visit = chain(drop_path(jax.random.fold_in(ctx.rng, 0), drop_path_rate, backbone.spec.depth), visit)
@@ -230,22 +258,43 @@ def _replayed(method: Method, visit, carry, activations: dict, dtype):
 
 
 def needed(method: Method, params: dict, depth: int, cached: bool = False) -> dict:
-  """Those of a backbone's parameters that a run looks at, after init.
+  """Those of a backbone's parameters, as `Method.prepare` gives them, that a run looks at.
 
   Args:
     depth: L.
     cached: the run is from cached activations, so that blocks below `writes_from` are not computed, and nothing of the
-      backbone is by a method that only reads.
+      backbone is by a method that only reads; of a CLIP nothing of the image tower.
   """
-  if not method.frozen or cached and method.writes_from == depth:
+  if not method.frozen:
     return {}
+  if cached and method.writes_from == depth:
+    return {name: leaf for name, leaf in params.items() if name != "image"} if method.prompts else {}
   below = {f"block_{i:02d}" for i in range(method.writes_from)} if cached else ()
   return {name: leaf for name, leaf in params.items() if name not in below}
 
 
-def predict(method: Method, backbone: Backbone | None, trainable, state, frozen, inputs):
-  """Logits [B, C] float32 of normalised images [B, S, S, 3], or of cached activations {slot: [B, …]}."""
-  return forward(method, backbone, trainable, inputs, Context(state=state, frozen=frozen)).logits
+def predict(method: Method, backbone: Backbone | None, trainable, state, frozen, inputs, weight=None):
+  """Logits [B, C] float32 of normalised images [B, S, S, 3], or of cached activations {slot: [B, …]}.
+
+  Args:
+    weight: [B], 0 marks padding; for the few methods whose predictions depend on the rest of the batch.
+  """
+  batch = {} if weight is None else {"weight": weight}
+  return forward(method, backbone, trainable, inputs, Context(batch, state, frozen)).logits
+
+
+def classes(method: Method, names: Sequence[str] | int, tokenize: Callable | None = None):
+  """What `init` is to know of the classes: their number, or {slot: ids [n, T] int32} of a method with `prompts`.
+
+  Args:
+    names: of the classes, or their number C.
+    tokenize: texts -> ids [n, T]; without one all ids are 0, where only shapes matter.
+  """
+  if method.prompts is None:
+    return names if isinstance(names, int) else len(names)
+  names = [f"class {i}" for i in range(names)] if isinstance(names, int) else names
+  encode = tokenize or (lambda texts: np.zeros((len(texts), method.prompts.context), np.int32))
+  return {slot: encode(texts) for slot, texts in method.prompts.strings(names).items()}
 
 
 def stages(method: Method, train: Callable) -> list:
@@ -273,7 +322,7 @@ class Sizes(NamedTuple):
 def sizes(method: Method, frozen, num_classes: int) -> Sizes:
   """Numbers of parameters, from shapes alone; `frozen` may hold arrays or shapes."""
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-  init = lambda rng, params: method.init(rng, params, num_classes)
+  init = lambda rng, params: method.init(rng, params, classes(method, num_classes))
   trainable, state = jax.eval_shape(init, jax.random.key(0), frozen)
   return Sizes(count(trainable), count({k: v for k, v in trainable.items() if k != "classifier"}), count(state),
                count(frozen))

@@ -14,7 +14,7 @@ from transferlab.config import resolve_steps
 OPTIMISERS = ("sgd", "adam", "adamw", "adam_keras")
 # By default: biases, norms, learned tokens and positions.
 NO_DECAY = ((r"(.*/)?(bias|scale|cls|pos|patch_bias|relative_bias|query)", 0.0),)
-SCHEDULES = ("constant", "cosine", "dtl", "noah", "vpt")
+SCHEDULES = ("constant", "cosine", "dtl", "noah", "vpt", "coop")
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Optim:
       which is "adam" with `eps` where Keras adds it; Keras' default is 1e-7.
     lr: peak learning rate.
     schedule: "constant" and "cosine" change every step, after a linear warm-up from 0. The others are constant within
-      an epoch and reproduce released code: "dtl" (DTL and SSF: the last 10 epochs idle at 1e-8), "noah" (NOAH and FacT)
-      and "vpt"; their warm-up is part of them.
-    warmup: duration of the warm-up; the per-epoch schedules take it in epochs.
+      an epoch and reproduce released code: "dtl" (DTL and SSF: the last 10 epochs idle at 1e-8), "noah" (NOAH and
+      FacT), "vpt" and "coop" (CoOp, MaPLe and LFA: the first epoch at 1e-5); their warm-up is part of them.
+    warmup: duration of the warm-up; the per-epoch schedules take it in epochs, 0 for the released number.
     weight_decay: strength of the decay.
     decay: ordered (pattern, factor) pairs on parameter names, first match wins, 1 where none matches.
     lr_factors: likewise for the learning rate.
@@ -84,8 +84,18 @@ def vpt_epochs(lr, epochs, *, warmup=10):
   return np.where(t < warmup, lr * t / warmup, lr * (1 + np.cos(np.pi * (t - warmup) / max(epochs - warmup, 1))) / 2)
 
 
-def epoch_rates(name: str, lr: float, epochs: int, warmup: int = 10) -> np.ndarray:
-  """Learning rates [epochs] of a released per-epoch schedule."""
+def coop_epochs(lr, epochs, *, warmup=1):
+  """Rates of CoOp's schedule: 1e-5 during the warm-up, then a cosine whose clock starts there and whose length is that
+  of the whole run, so that it never ends at 0 (KaiyangZhou/Dassl.pytorch at c61a1b5, optim/lr_scheduler.py)."""
+  t = np.arange(epochs)
+  return np.where(t < warmup, 1e-5, lr * (1 + np.cos(np.pi * (t - warmup) / epochs)) / 2)
+
+
+def epoch_rates(name: str, lr: float, epochs: int, warmup: int = 0) -> np.ndarray:
+  """Learning rates [epochs] of a released per-epoch schedule; a warm-up of 0 epochs stands for the released one's."""
+  if name == "coop":
+    return coop_epochs(lr, epochs, warmup=warmup or 1)
+  warmup = warmup or 10
   if name == "vpt":
     return vpt_epochs(lr, epochs, warmup=warmup)
   if name == "noah":
@@ -106,7 +116,7 @@ def schedule(optim: Optim, total_steps: int, steps_per_epoch: int, batch_size: i
       return optax.cosine_decay_schedule(optim.lr, total_steps)
     return optax.warmup_cosine_decay_schedule(0.0, optim.lr, warmup, max(total_steps, warmup + 1))
   epochs = -(-total_steps // steps_per_epoch)
-  rates = jnp.asarray(epoch_rates(optim.schedule, optim.lr, epochs, round(warmup / steps_per_epoch) or 10), jnp.float32)
+  rates = jnp.asarray(epoch_rates(optim.schedule, optim.lr, epochs, round(warmup / steps_per_epoch)), jnp.float32)
   return lambda step: rates[jnp.minimum(step // steps_per_epoch, epochs - 1)]
 
 

@@ -28,13 +28,14 @@ class Classifier(NamedTuple):
   trainable: dict
   state: dict
   weights: Weights
-  logits: Callable  # preprocessed images [B, S, S, 3] on 0 … 255 -> logits [B, C]
+  logits: Callable  # preprocessed images [B, S, S, 3] on 0 … 255, weight [B] or None -> logits [B, C]
 
   def __call__(self, images: Iterable, batch_size: int = 32) -> np.ndarray:
     """Images of any size, uint8 [H, W, 3] or paths, to probabilities float32 [N, C]; computes in float32."""
     found = [np.zeros((0, len(self.class_names)), np.float32)]
     for batch, rows in in_batches(images, self.preprocessing, batch_size):
-      found.append(np.asarray(jax.nn.softmax(self.logits(batch), axis=-1))[:rows])
+      weight = (np.arange(len(batch)) < rows).astype(np.float32)
+      found.append(np.asarray(jax.nn.softmax(self.logits(batch, weight), axis=-1))[:rows])
     return np.concatenate(found)
 
   @property
@@ -124,11 +125,11 @@ def _of_head(weights: Weights, class_names) -> Classifier:
 
 
 def _make(class_names, preprocessing, method, trainable, state, weights) -> Classifier:
-  frozen = jax.device_put(weights.params) if method.frozen else {}
+  frozen = jax.device_put(method.prepare(weights.params, state)) if method.frozen else {}
   trainable = jax.device_put(trainable)
   run = make_predict(method, backbones.build(weights.spec), preprocessing)
   return Classifier(class_names, preprocessing, method, trainable, state, weights,
-                    lambda images: run(trainable, state, frozen, images))
+                    lambda images, weight=None: run(trainable, state, frozen, images, weight))
 
 
 def evaluate(classifier: Classifier, task: data.Task, split: str = "test", *, batch_size: int = 64,

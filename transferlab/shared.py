@@ -21,7 +21,7 @@ from transferlab.backbones.spec import Preprocessing
 from transferlab.backbones.weights import Weights
 from transferlab.checkpoint import Adapter, check_backbone, load_adapter
 from transferlab.features import cacheable, reads_only
-from transferlab.method import Context, Method, collect, forward
+from transferlab.method import Context, Method, collect, forward, needed
 from transferlab.serve import in_batches, weights_of
 from transferlab.step import to_inputs
 
@@ -73,16 +73,21 @@ def load_many(adapters, weights=None) -> SharedClassifier:
                        "that only read share one (linear, inca, …), those that write late its first blocks (dtl, …)")
   methods = {name: adapter.method for name, adapter in zip(names, found)}
   run = make_predict(methods, backbones.build(weights.spec), found[0].preprocessing)
-  heads = jax.device_put({name: (adapter.trainable, adapter.state) for name, adapter in zip(names, found)})
-  frozen = jax.device_put(weights.params)
+  heads = {name: (adapter.trainable, adapter.state) for name, adapter in zip(names, found)}
+  own = {name: needed(method, method.prepare(weights.params, heads[name][1]), weights.spec.depth, cached=True)
+         for name, method in methods.items() if method.prompts}
+  heads, own = jax.device_put((heads, own))
+  frozen = jax.device_put(weights.params if weights.spec.family != "clip" else {
+      name: leaf for name, leaf in weights.params.items() if name.startswith("image")})
   read = {read.site for method in methods.values() for read in method.reads.values()}
   deepest = [site for site in backbones.sites(weights.spec) if site in read][-1]
   return SharedClassifier({name: adapter.class_names for name, adapter in zip(names, found)}, found[0].preprocessing,
-                          weights, deepest, lambda images: run(heads, frozen, images))
+                          weights, deepest, lambda images: run(heads, frozen, images, own))
 
 
 def make_predict(methods: dict[str, Method], backbone: backbones.Backbone, preprocessing: Preprocessing) -> Callable:
-  """A jitted ({task: (trainable, state)}, frozen, images [B, S, S, 3] on 0 … 255) -> {task: logits [B, C] float32}.
+  """A jitted ({task: (trainable, state)}, frozen, images [B, S, S, 3] on 0 … 255, own={}) -> {task: logits [B, C]
+  float32}; `own` has {task: frozen parameters} of methods on a CLIP, which keep text features of their own.
 
   What several methods read at one site, reduced alike, is collected once. Tasks of one method that writes, with equal
   options, take turns in a loop: 19 on ViT-B/16 at batch 32 need 153 MiB of temporaries above what they share, side by
@@ -90,14 +95,17 @@ def make_predict(methods: dict[str, Method], backbone: backbones.Backbone, prepr
   """
   reads = {(read.site, read.how): read for method in methods.values() for read in method.reads.values()}
 
-  def run(heads, frozen, images):
+  def run(heads, frozen, images, own=None):
+    own = own or {}
     _, seen = backbone.apply(frozen, to_inputs(images, preprocessing), collect(reads, frozen), {})
     activations = lambda method: {slot: seen[read.site, read.how] for slot, read in method.reads.items()}
     logits, writing = {}, {}
     for task, method in methods.items():
       trainable, state = heads[task]
       if reads_only(method, backbone.spec):
-        logits[task] = forward(method, None, trainable, activations(method), Context(state=state)).logits
+        texts = backbone if method.texts else None
+        context = Context(state=state, frozen=own.get(task, {}))
+        logits[task] = forward(method, texts, trainable, activations(method), context).logits
       else:
         writing.setdefault(_form(method, trainable, state), []).append(task)
     for tasks in writing.values():

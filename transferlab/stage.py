@@ -12,7 +12,7 @@ from transferlab import features as features_lib
 from transferlab.backbones.weights import Weights
 from transferlab.checkpoint import Checkpoints
 from transferlab.evaluate import collect_members, evaluate, make_predict, make_predict_members
-from transferlab.method import Method, needed
+from transferlab.method import Method, classes, needed
 from transferlab.optim import make_optimiser, schedule
 from transferlab.progress import Progress, say
 from transferlab.recipe import Recipe, train_loader
@@ -66,12 +66,16 @@ class Stage:
     self.log_every, self.evaluate_every = steps("log_every"), steps("evaluate_every")
     self.checkpoint_every = steps("checkpoint_every")
 
-    trainable, state = method.init(jax.random.key(recipe.seed), weights.params, self.num_classes)
-    self.rate = schedule(recipe.optim, self.total, per_epoch, B)
+    known = classes(method, task.class_names, weights.tokenizer)
+    trainable, state = method.init(jax.random.key(recipe.seed), weights.params, known)
+    if not jax.tree.leaves(trainable):
+      self.total = 0  # there is nothing to train
+    self.rate = schedule(recipe.optim, max(self.total, 1), per_epoch, B)
     self.optimiser = make_optimiser(recipe.optim, self.rate, trainable)
     # The frozen parameters are cast once; a method that trains the backbone itself keeps no second copy of it.
-    kept = needed(method, weights.params, weights.spec.depth, cached=self.cache is not None)
-    self.frozen = devices.replicate(jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), kept), self.mesh)
+    prepared = method.prepare(weights.params, state)
+    kept = needed(method, prepared, weights.spec.depth, cached=self.cache is not None)
+    self.frozen = devices.replicate(devices.cast(kept, weights.params, self.dtype), self.mesh)
     # The run is donated in every step: its arrays are copies, whatever init took from the frozen parameters.
     self.run = devices.replicate(start(*jax.tree.map(jnp.array, (trainable, state)), self.optimiser), self.mesh)
     self.predict = make_predict(method, self.backbone, self.preprocessing)
@@ -122,12 +126,14 @@ class Stage:
 
   def scores(self, trainable, state, loader, among=()) -> dict:
     """The ledger's numbers of a trainable on what a loader holds."""
-    found = evaluate(lambda images: self.predict(trainable, state, self.frozen, images), loader, self.num_classes,
-                     among=among, mesh=self.mesh, quiet=self.quiet)
+    found = evaluate(lambda inputs, weight: self.predict(trainable, state, self.frozen, inputs, weight), loader,
+                     self.num_classes, among=among, mesh=self.mesh, quiet=self.quiet)
     return scores(found, self.task.domain_names, among)
 
   def train(self) -> "Stage":
     """Trains from the newest checkpoint, or from the start, to the end; then holds the chosen trainable and state."""
+    if not self.total:
+      return self.without_training()
     batches = iter(self.loader)
     batch = devices.put_batch(next(batches), self.mesh)
     step = self.compile(batch)
@@ -164,6 +170,18 @@ class Stage:
     self.loader.close()
     if checkpoints:
       checkpoints.close()
+    self.choose()
+    return self
+
+  def without_training(self) -> "Stage":
+    """For a method with nothing to train: its scores, and no checkpoint."""
+    self.cost = cost.StepCost(0, 0)
+    if self.folder:
+      self.folder.begin()
+      self.folder.truncate(self.index, 0)
+    if self.val_loader:
+      with Progress(1, "validating", quiet=self.quiet) as progress:
+        self.validate(0, progress)
     self.choose()
     return self
 

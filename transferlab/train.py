@@ -19,9 +19,9 @@ import jax.numpy as jnp
 
 from transferlab import data, methods, search
 from transferlab import features as features_lib
-from transferlab.backbones.weights import Weights
+from transferlab.backbones.weights import Weights, image_tower
 from transferlab.checkpoint import load_adapter, save_adapter, versions
-from transferlab.method import Method, sizes, stages
+from transferlab.method import Method, classes, sizes, stages
 from transferlab.progress import Progress, say
 from transferlab.recipe import Recipe, changed
 from transferlab.stage import Stage
@@ -59,7 +59,9 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   began = time.monotonic()
   tell = (lambda message: None) if quiet else say
   check_arguments(weights, task, tell)
+  weights = adapted(weights, method if isinstance(method, str) else method.name)
   first = methods.build(method, weights.spec, **(options or {})) if isinstance(method, str) else method
+  check_texts(first, weights, task)
   if features:
     features_lib.check(first, weights.spec, recipe)
     task = features_lib.verified(features, weights, first.reads, task, recipe)
@@ -95,6 +97,22 @@ def check_arguments(weights: Weights, task: data.Task, tell) -> None:
     tell(message)
   if "train" not in task.splits:
     raise ValueError(f"task {task.name!r} has splits {', '.join(task.splits)}; training needs 'train'")
+
+
+def adapted(weights: Weights, method: str) -> Weights:
+  """The part of the weights that a registered method adapts: of a CLIP the image tower, if it needs no text."""
+  return weights if methods.adapted(method, weights.spec) is weights.spec else image_tower(weights)
+
+
+def check_texts(method: Method, weights: Weights, task: data.Task) -> None:
+  """Raises `ValueError` for class names that a method cannot make texts of, before anything is read."""
+  if method.prompts is None:
+    return
+  if weights.tokenizer is None:
+    raise ValueError(f"{method.name} reads class names as texts, and {weights.name} came without a tokenizer; give its "
+                     "file or folder as tokenizer (tokenizer.json, vocab.json with merges.txt, or "
+                     "bpe_simple_vocab_16e6.txt.gz)")
+  classes(method, task.class_names, weights.tokenizer)
 
 
 def train_stages(first: Method, weights: Weights, task: data.Task, recipe: Recipe, folder: Workdir | None,

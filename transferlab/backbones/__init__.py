@@ -10,13 +10,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from transferlab.backbones.clip import CLIP, Towers, at_end as at_end
+from transferlab.backbones.clip_spec import CLIPSpec
 from transferlab.backbones.resnet import ResNet
 from transferlab.backbones.spec import ResNetSpec, SwinSpec, ViTSpec
 from transferlab.backbones.swin import Swin
 from transferlab.backbones.vit import ViT, attention as attention, gelu as gelu, ignore, normalise as normalise
 
 # family: the class of its specs, the module that computes it
-FAMILIES = {"vit": (ViTSpec, ViT), "resnet": (ResNetSpec, ResNet), "swin": (SwinSpec, Swin)}
+FAMILIES = {"vit": (ViTSpec, ViT), "resnet": (ResNetSpec, ResNet), "swin": (SwinSpec, Swin),
+            "clip": (CLIPSpec, CLIP)}
 
 
 class Backbone(NamedTuple):
@@ -27,7 +30,8 @@ class Backbone(NamedTuple):
     init: rng -> params, random weights.
     apply: (params, inputs, visit, carry, *, start=0, remat_from=None) -> (features [B, D], carry). `inputs` are
       normalised images [B, S, S, 3], or with start > 0 the tokens or the map that left the block before. Blocks from
-      `remat_from` on are recomputed in the backward pass.
+      `remat_from` on are recomputed in the backward pass. A CLIP takes and gives `Towers`; its start and remat_from are
+      the image tower's, and with remat_from all of the text tower is recomputed, too.
     dtype: that it computes in.
   """
   spec: Any
@@ -39,10 +43,9 @@ class Backbone(NamedTuple):
 def build(spec, dtype=jnp.float32) -> Backbone:
   """The backbone of a spec, computing in `dtype` (parameters are cast on use)."""
   module = FAMILIES[spec.family][1](spec, dtype)
-  image = jax.ShapeDtypeStruct((1, *image_shape(spec)), jnp.float32)
 
   def init(rng):
-    return module.init(rng, jnp.zeros(image.shape, image.dtype))["params"]
+    return module.init(rng, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example(spec)))["params"]
 
   def apply(params, inputs, visit=ignore, carry=(), *, start=0, remat_from=None):
     return module.apply({"params": params}, inputs, visit, carry, start=start, remat_from=remat_from)
@@ -52,6 +55,13 @@ def build(spec, dtype=jnp.float32) -> Backbone:
 
 def image_shape(spec) -> tuple[int, int, int]:
   return spec.image_size, spec.image_size, 3
+
+
+def example(spec, batch: int = 1):
+  """Shapes of what enters a backbone: images, and for a CLIP as many texts."""
+  images = jax.ShapeDtypeStruct((batch, *image_shape(spec)), jnp.float32)
+  texts = (batch, spec.context) if spec.family == "clip" else None
+  return Towers(images, jax.ShapeDtypeStruct(texts, jnp.int32)) if texts else images
 
 
 @functools.lru_cache(maxsize=64)
@@ -72,7 +82,7 @@ def sites(spec, batch: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
       return carry, y
     names.append(site)
     return {**carry, site: y}, y
-  shapes = jax.eval_shape(run, abstract_params(spec), jax.ShapeDtypeStruct((batch, *image_shape(spec)), jnp.float32))
+  shapes = jax.eval_shape(run, abstract_params(spec), example(spec, batch))
   return {name: shapes[name] for name in names}
 
 
@@ -101,6 +111,14 @@ for _name, _width, _deep in (("t", 96, 6), ("s", 96, 18), ("b", 128, 18), ("l", 
   _heads = tuple(_width // 32 * 2 ** _stage for _stage in range(4))
   ARCHITECTURES[f"swin_{_name}"] = SwinSpec(f"swin_{_name}", 224, 4, _width, (2, 2, _deep, 2), _heads)
 ARCHITECTURES["swin_tiny_test"] = SwinSpec("swin_tiny_test", 16, 2, 8, (2, 2), (2, 4), 4)
+
+# Radford et al. 2021, tables 19 and 20; the text tower's heads are 64 wide, too.
+for _name, _size, _patch, _side, _text, _embed in (("b32", "b", 32, 224, 512, 512), ("b16", "b", 16, 224, 512, 512),
+                                                   ("l14", "l", 14, 224, 768, 768),
+                                                   ("l14_336", "l", 14, 336, 768, 768)):
+  ARCHITECTURES[f"clip_vit_{_name}"] = CLIPSpec(
+      f"clip_vit_{_name}", _side, _patch, *_SIZES[_size], _text, 12, _text // 64, 4 * _text, _embed)
+ARCHITECTURES["clip_tiny_test"] = CLIPSpec("clip_tiny_test", 16, 4, 16, 3, 2, 32, 24, 2, 2, 48, 12, 64, 16)
 
 _RESNETS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # He et al. 2016 table 1
 _WIDTHS = (256, 512, 1024, 2048)

@@ -99,6 +99,7 @@ class ViTSpec:
 
   `pool` is what becomes the feature vector: "cls" the class token after the final norm, "mean" the mean of the
   normalised patch tokens (big_vision), "mean_before_norm" the norm of the patch tokens' mean (timm's fc_norm).
+  CLIP's image tower has no `patch_bias`, and an `embed_norm` between the positions and the first block.
   """
   name: str
   image_size: int
@@ -112,6 +113,8 @@ class ViTSpec:
   norm_eps: float = 1e-6
   gelu: str = "erf"
   qkv_bias: bool = True
+  patch_bias: bool = True
+  embed_norm: bool = False
   family: str = "vit"
 
   def __post_init__(self):

@@ -3,11 +3,13 @@
 Every place of interest is one line, `carry, y = visit(carry, site, y, x)`: `y` is what the operation put out and `x`
 what it took in. A visitor may look, return another `y`, or hand a value on in `carry`. Sites, in order:
 
-    patch  embed  block_00/{in ln1 qkv bias proj attn mid ln2 fc1 fc2 mlp out}  block_01/…  pre_norm  norm  pooled
+    patch  embed  embed_norm  block_00/{in ln1 qkv bias proj attn mid ln2 fc1 fc2 mlp out}  block_01/…
+    pre_norm  norm  pooled
 
 `attn` and `mlp` are the branches as they join the residual stream (drop-path acts there); `proj` and `fc2` the same
-values as outputs of their dense layers. `bias` is the additive attention bias, None unless a visitor supplies one. A
-visitor at `pre_norm` may return [B, 1, D], which is then normalised and used as the feature.
+values as outputs of their dense layers. `bias` is the additive attention bias: a text tower's causal mask, else None
+unless a visitor supplies one. `embed_norm` is there where the spec has that norm, as CLIP's. A visitor at `pre_norm`
+may return [B, 1, D], which is then normalised and used as the feature.
 
 Speed on CPU decides three things here: attention runs as explicit einsums in [B, H, T, d], dense layers run on
 [B*T, D], and GELU uses erf, not erfc. Memory decides what the backward pass finds: the input of a GELU and of a norm,
@@ -120,7 +122,7 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, carry, x, visit, block: str):
+  def __call__(self, carry, x, visit, block: str, bias=None):
     spec, dtype = self.spec, self.dtype
     norm = lambda name: LayerNorm(spec.norm_eps, dtype, name=name)
     D = spec.width
@@ -129,7 +131,7 @@ class Block(nn.Module):
     h = norm("ln1")(x)
     carry, h = visit(carry, f"{block}/ln1", h, x)                                                  # [B, T, D]
     carry, qkv = visit(carry, f"{block}/qkv", Dense(3 * D, spec.qkv_bias, dtype, name="qkv")(h), h)  # [B, T, 3D]
-    carry, bias = visit(carry, f"{block}/bias", None, h)
+    carry, bias = visit(carry, f"{block}/bias", bias, h)
     a = attention(qkv, spec.heads, bias)                                                           # [B, T, D]
     carry, y = visit(carry, f"{block}/proj", Dense(D, dtype=dtype, name="proj")(a), a)             # [B, T, D]
     carry, y = visit(carry, f"{block}/attn", y, x)                                                 # [B, T, D]
@@ -176,14 +178,18 @@ class ViT(nn.Module):
   def embed(self, images, visit, carry):
     spec, p, B, D = self.spec, self.spec.patch_size, images.shape[0], self.spec.width
     kernel = self.param("patch_kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), (p, p, 3, D))
-    bias = self.param("patch_bias", nn.initializers.zeros, (D,))
+    bias = self.param("patch_bias", nn.initializers.zeros, (D,)) if spec.patch_bias else jnp.zeros((D,))
     x = embed_patches(images, kernel, bias, spec)
     carry, x = visit(carry, "patch", x, images)                       # [B, T-1, D]
     if spec.class_token:
       cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, D))
       x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, D)).astype(x.dtype), x], axis=1)
     pos = self.param("pos", nn.initializers.normal(0.02), (1, spec.tokens, D))
-    return visit(carry, "embed", x + pos.astype(x.dtype), x)          # carry, [B, T, D]
+    carry, x = visit(carry, "embed", x + pos.astype(x.dtype), x)      # [B, T, D]
+    if not spec.embed_norm:
+      return carry, x
+    norm = LayerNorm(spec.norm_eps, self.dtype, name="embed_norm")
+    return visit(carry, "embed_norm", norm(x), x)                     # carry, [B, T, D]
 
   def pool(self, x, visit, carry):
     spec = self.spec

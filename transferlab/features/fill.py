@@ -3,7 +3,6 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from transferlab import backbones, data, devices
@@ -75,8 +74,7 @@ class _Pass:
   def __init__(self, cache: Cache, weights: Weights, reads: dict, device_count: int):
     self.cache, self.weights, self.reads, self.programs = cache, weights, reads, {}
     self.mesh, self.compute = devices.make_mesh(device_count or None), DTYPES[cache.compute]
-    cast = lambda leaf: jnp.asarray(leaf, self.compute)
-    self.params = devices.replicate(jax.tree.map(cast, weights.params), self.mesh)
+    self.params = devices.replicate(devices.cast(weights.params, weights.params, self.compute), self.mesh)
 
   def program(self, missing: dict[str, str], rate: float):
     """(params, images [B, S, S, 3], seed, first row) -> {file: [B, …]}; `missing` has the slot of each file."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transferlab.method import Context, Method, forward
+from transferlab.method import Context, Method, classes, forward
 from transferlab.optim import make_optimiser
 from transferlab.step import inputs_of, make_step, start
 
@@ -81,7 +81,7 @@ def start_heads(trainable, state, optim):
 def run_shapes(method: Method, params, num_classes: int, optim, count: int):
   """Shapes of the runs of `count` heads; nothing is computed."""
   def run(rng, params):
-    one = method.init(rng, params, num_classes)
+    one = method.init(rng, params, classes(method, num_classes))
     return start_heads(*jax.tree.map(lambda leaf: jnp.stack([leaf] * count), one), optim)
   return jax.eval_shape(run, jax.random.key(0), params)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from transferlab import backbones, config, cost, data, devices
 from transferlab.heads.program import Head, chunk_size, make_heads_scores, make_heads_step, run_shapes, settings
-from transferlab.method import Method, needed
+from transferlab.method import Method, classes, needed
 from transferlab.optim import schedule
 from transferlab.progress import say
 from transferlab.recipe import train_loader
@@ -102,12 +102,21 @@ class Shared:
     return compile_step(step, shapes, self.settings([lane.head] * size), self.frozen_of(method), self.first,
                         remat=recipe.remat)
 
+  def classes(self, method: Method):
+    """What a method's init is to know of the classes."""
+    return classes(method, self.task.class_names, self.weights.tokenizer)
+
   def frozen_of(self, method: Method) -> dict:
     """What a method sees of the backbone, on the devices; what several stages see is there once."""
-    found = needed(method, self.weights.params, self.weights.spec.depth, self.cached)
-    cast = lambda leaf: jnp.asarray(leaf, self.backbone.dtype)
+    params = self.weights.params
+    if method.prompts and not self.frozen:  # one stage alone; its state does not depend on the seed
+      params = method.prepare(params, method.init(jax.random.key(0), params, self.classes(method))[1])
+    elif method.prompts:
+      return self.frozen
+    found = needed(method, params, self.weights.spec.depth, self.cached)
     for name in found.keys() - self.frozen.keys():
-      self.frozen[name] = devices.replicate(jax.tree.map(cast, found[name]), self.mesh)
+      new = devices.cast({name: found[name]}, self.weights.params, self.backbone.dtype)
+      self.frozen |= devices.replicate(new, self.mesh)
     return {name: self.frozen[name] for name in found}
 
   def settings(self, heads: list[Head]) -> dict:

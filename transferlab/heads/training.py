@@ -62,6 +62,9 @@ def check(method: Method, task: data.Task, recipe: Recipe, heads: tuple, folds) 
   if method.search:
     raise ValueError(f"{method.name} searches between its stages, which heads trained side by side cannot; train it by "
                      "itself and sweep over what it finds")
+  if method.prompts and method.then:
+    raise ValueError(f"{method.name} with options {method.options} has a stage whose text features depend on what each "
+                     "head learns before, which heads trained side by side cannot share; train it by itself")
   if not heads:
     raise ValueError("heads is empty; expected at least one Head")
   for head in heads:
@@ -157,7 +160,8 @@ class Clock:
 
 def start(shared: Shared, lanes: list[Lane]):
   """The runs of these lanes before the first step, on the devices."""
-  made = [lane.method.init(jax.random.key(lane.head.seed), shared.weights.params, shared.num_classes) for lane in lanes]
+  known = shared.classes(lanes[0].method)  # its texts are the same for all lanes
+  made = [lane.method.init(jax.random.key(lane.head.seed), shared.weights.params, known) for lane in lanes]
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)  # copies: the run is donated in every step
   return jax.device_put(start_heads(*stacked, shared.recipe.optim), shared.sharding)
 

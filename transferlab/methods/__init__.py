@@ -25,6 +25,7 @@ from transferlab.methods.noah_search import noah_search
 from transferlab.methods.scratch import scratch
 from transferlab.methods.ssf import ssf
 from transferlab.methods.vpt import vpt_deep, vpt_shallow
+from transferlab.methods.zero_shot import zero_shot
 from transferlab.tree import nearest
 
 METHODS = {"linear": linear, "mlp3": mlp3, "full": full, "bitfit": bitfit, "lora": lora, "dtl": dtl, "inca": inca,
@@ -41,6 +42,8 @@ _BLOCKS = ("transformer blocks", lambda spec: bool(spec.heads))
 _EQUAL_PIECES = ("transformer blocks whose MLP is a multiple of their width",
                  lambda spec: bool(spec.heads) and not spec.block(0).mlp_width % spec.block(0).width)
 _ONE_ATTENTION = ("attention over all tokens at once", lambda spec: spec.family == "vit")
+_CLIP_OR_BLOCKS = (_BLOCKS[0], lambda spec: spec.family in ("vit", "clip"))  # of a CLIP it wants the projections, too
+_CLIP = ("an image and a text tower, as a CLIP has", lambda spec: spec.family == "clip")
 NEEDS = {"adapter": _BLOCKS, "adaptformer": _BLOCKS, "fact_tt": _EQUAL_PIECES, "fact_tk": _EQUAL_PIECES,
          "ssf": _BLOCKS, "vpt_shallow": _BLOCKS, "vpt_deep": _BLOCKS,
          "noah": _ONE_ATTENTION, "noah_search": _ONE_ATTENTION, "lora": _BLOCKS, "dtl": _BLOCKS,
@@ -55,9 +58,15 @@ def options_of(name: str) -> dict:
   return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def adapted(name: str, spec):
+  """The spec of what a method adapts: all of a backbone, or a CLIP's image tower if the method needs no text."""
+  alone = spec.family == "clip" and name in METHODS and NEEDS.get(name) not in (_CLIP, _CLIP_OR_BLOCKS)
+  return spec.image if alone else spec
+
+
 def fits(name: str, spec) -> bool:
   """Whether a method works on a backbone of this kind."""
-  return name not in NEEDS or NEEDS[name][1](spec)
+  return name not in NEEDS or NEEDS[name][1](adapted(name, spec))
 
 
 def by_default(spec) -> dict[str, Method]:
@@ -71,7 +80,8 @@ def by_default(spec) -> dict[str, Method]:
 
 
 def build(name: str, spec, **options) -> Method:
-  """The method `name` for a backbone; unknown names and options are errors that name the nearest valid ones."""
+  """The method `name` for a backbone, of a CLIP for the part that it adapts (`adapted`); unknown names and options are
+  errors that name the nearest valid ones."""
   if name not in METHODS:
     raise ValueError(f"method {name!r} is unknown; nearest: {', '.join(nearest(name, METHODS))}; "
                      f"all: {', '.join(sorted(METHODS))}")
@@ -88,4 +98,4 @@ def build(name: str, spec, **options) -> Method:
              for key, value in options.items()}
   if isinstance(rate := options.get("dropout"), float) and not 0 <= rate < 1:
     raise ValueError(f"option 'dropout' of method {name!r} is {rate}; expected a number from 0 to below 1")
-  return METHODS[name](spec, **options)
+  return METHODS[name](adapted(name, spec), **options)

@@ -15,6 +15,7 @@ exact one. Exact is the default; `gelu="tanh"` gives what Google's code gives.
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +29,8 @@ from transferlab.backbones.weights.origin import Origin, locate
 from transferlab.backbones.weights.positions import resample_positions
 from transferlab.tree import difference, flatten, unflatten
 
-__all__ = ["Weights", "WeightsError", "export_timm", "load_weights", "resample_positions", "save_weights",
-           "weights_hash", "with_logits"]
+__all__ = ["Weights", "WeightsError", "export_timm", "image_tower", "load_weights", "resample_positions",
+           "save_weights", "weights_hash", "with_logits"]
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Weights(NamedTuple):
     name: zoo name, or the file's or folder's.
     source: where they came from, for logs; never an absolute path.
     hash: `weights_hash` of the parameters as loaded, before any resampling of positions.
+    tokenizer: texts -> ids [n, T] int32 of a CLIP whose tokenizer is known, else None.
   """
   spec: ViTSpec | ResNetSpec | SwinSpec
   params: dict
@@ -54,6 +56,7 @@ class Weights(NamedTuple):
   name: str
   source: str
   hash: str
+  tokenizer: Callable | None = None
 
 
 def load_weights(source, *, architecture: str | None = None, image_size: int | None = None,
@@ -133,6 +136,12 @@ def with_logits(weights: Weights) -> Weights:
   spec = dataclasses.replace(weights.spec, classes=len(weights.head["bias"]))
   params = {**weights.params, "head": weights.head}
   return weights._replace(spec=spec, params=params, head=None, hash=weights_hash(params, spec))
+
+
+def image_tower(weights: Weights) -> Weights:
+  """A CLIP's image tower, up to the norm of its class token: a ViT, for what needs no text."""
+  params, spec = weights.params["image"], weights.spec.image
+  return weights._replace(spec=spec, params=params, head=None, hash=weights_hash(params, spec), tokenizer=None)
 
 
 def weights_hash(params: dict, spec) -> str:
