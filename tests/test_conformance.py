@@ -12,6 +12,7 @@ from transferlab.testing import PROPERTIES, Broken, Case, Expected, Skip, check_
 
 TINY = backbones.architecture("vit_tiny_test")
 TINY_SWIN = backbones.architecture("swin_tiny_test")
+TINY_CLIP = backbones.architecture("clip_tiny_test")
 
 
 def pooled_patches(carry, site, y, x):
@@ -120,6 +121,46 @@ TABLE = {
     "lst": Expected(options={"reduction": 4}, size=lambda spec: ladder(spec, 4), mergeable=False, cost=1.6),
 }
 
+def low_rank(spec, rank: int) -> int:
+  """Of QLoRA: pairs for q, k, v and out in every block of both towers."""
+  return sum(tower.depth * 8 * tower.width * rank for tower in (spec.image, spec.text))
+
+
+def prompts_of(spec, tokens: int, depth: int) -> int:
+  """Of MaPLe: tokens of the text tower for `depth` blocks, each with a linear map to the image tower's."""
+  return depth * (tokens * spec.text_width + (spec.text_width + 1) * spec.width)
+
+
+def generator(spec, tokens: int, width: int) -> int:
+  """Of DPL: three dense layers from an image's projection to the tokens of its domain."""
+  return (spec.embed_width + 1) * width + (width + 1) * width + (width + 1) * tokens * spec.text_width
+
+
+def regularised(spec) -> int:
+  """Of MIRO: the image tower, its projection, and five variances."""
+  tower = backbones.abstract_params(spec)["image"]
+  return (sum(leaf.size for leaf in tree.flatten(tower).values()) + spec.width * spec.embed_width
+          + (1 + len({spec.depth * quarter // 4 for quarter in (1, 2, 3, 4)})) * spec.width)
+
+
+# Methods that read class names, or want a CLIP's projections, on a small CLIP. Costs are of the image tower's pass.
+CLIP = {
+    "zero_shot": Expected(options={"templates": ("a photo of a {}", "art of {}")}, identity=True, mergeable=False,
+                          size=lambda spec: 0, cost=1.1),
+    "clip_linear": Expected(identity=True, mergeable=False, cost=1.1,
+                            size=lambda spec: (spec.width + spec.text_width) * spec.embed_width),
+    "clip_adapter": Expected(mergeable=False, cost=1.1, size=lambda spec: 2 * spec.embed_width * (spec.embed_width // 4)),
+    "lfa": Expected(still={"dropout": 0.0}, mergeable=False, cost=1.4,
+                    size=lambda spec: (3 * spec.width + 5 * spec.text_width) * spec.embed_width),
+    "coop": Expected(options={"tokens": 4}, mergeable=False, size=lambda spec: 4 * spec.text_width),
+    "maple": Expected(options={"depth": 2}, mergeable=False, size=lambda spec: prompts_of(spec, 2, 2)),
+    "dpl": Expected(options={"tokens": 4, "width": 8}, mergeable=False, size=lambda spec: generator(spec, 4, 8),
+                    still={"dropout": 0.0}),
+    "qlora": Expected(options={"rank": 2}, still={"dropout": 0.0, "compute": "float32"}, mergeable=False,
+                      size=lambda spec: low_rank(spec, 2)),
+    "miro": Expected(identity=False, mergeable=False, size=regularised),
+}
+
 # Other forms of the same methods, under their own names.
 VARIANTS = {
     "linear/site": ("linear", Expected(options={"site": "block_01/out", "tokens": "mean"}, size=lambda spec: 0,
@@ -209,11 +250,24 @@ BACKBONES = {
 }
 
 
+# Their training step is a small head's on features that others read, too.
+ALIKE = ("zero_shot", "clip_linear", "clip_adapter")
+CLIP_VARIANTS = {
+    "clip_linear/fewshot": Expected(options={"form": "fewshot", "dropout": 0.0}, identity=True, mergeable=False,
+                                    size=lambda spec: spec.width * spec.embed_width),
+}
+ON_IMAGE_TOWER = {
+    name: expected._replace(cost=None, size=all_parameters if expected.size is everything else expected.size)
+    for name, expected in TABLE.items()}
+
+
 @functools.cache
 def case(method: str, backbone: str) -> Case:
   """Shared by the properties, so that each program is compiled once."""
   if backbone == "swin_tiny_test":
     return Case(method.partition("/")[0], TINY_SWIN, (SWIN | SWIN_OTHERS)[method])
+  if backbone == "clip_tiny_test":
+    return Case(method.partition("/")[0], TINY_CLIP, (CLIP | CLIP_VARIANTS | ON_IMAGE_TOWER)[method])
   name, expected = VARIANTS.get(method) or (method, TABLE[method])
   spec = BACKBONES.get(backbone, TINY)
   if not spec.class_token and expected.identity is pooled_patches:
@@ -232,7 +286,7 @@ def check(method, backbone, name):
 
 
 def test_every_method_has_a_row():
-  assert set(TABLE) == set(methods.METHODS), "a registered method needs a row in TABLE, and a row a method"
+  assert {*TABLE, *CLIP} == set(methods.METHODS), "a registered method needs a row in TABLE, and a row a method"
 
 
 CHEAP = ("logits", "identity", "size", "writes_from", "isolation", "save_load", "merged")
@@ -262,6 +316,29 @@ def test_property_of_variants(method, name):
 @pytest.mark.parametrize("method", SWIN)
 def test_property_on_swin(method, name):
   check(method, "swin_tiny_test", name)
+
+
+@pytest.mark.parametrize("method, name", [
+    pytest.param(method, name, id=f"{method}-{name}", marks=[pytest.mark.full] if late else [])
+    for method in CLIP for name in PROPERTIES
+    for late in [method in ALIKE and name not in (*CHEAP, "gradient", "cached")]])
+def test_property_on_clip(method, name):
+  check(method, "clip_tiny_test", name)
+
+
+@pytest.mark.parametrize("name", CHEAP)
+@pytest.mark.parametrize("method", CLIP_VARIANTS)
+def test_property_on_clip_of_variants(method, name):
+  check(method, "clip_tiny_test", name)
+
+
+# Methods that need no text adapt a CLIP's image tower, a ViT with a norm before its blocks and no bias of patches.
+@pytest.mark.parametrize("method, name", [
+    pytest.param(method, name, id=f"{method}-{name}", marks=[] if quick else [pytest.mark.full])
+    for method in ON_IMAGE_TOWER for name in PROPERTIES
+    for quick in [name == "save_load" or method in ("linear", "lora", "head2toe", "inca", "dtl") and name in CHEAP]])
+def test_property_on_clips_image_tower(method, name):
+  check(method, "clip_tiny_test", name)
 
 
 # Methods that know nothing of blocks: on a Swin only with --full. head2toe_ft is left out: its gradients by devices or

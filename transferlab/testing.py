@@ -11,6 +11,7 @@ found, expected. One that does not apply here raises `Skip`. Training uses SGD, 
 import functools
 import json
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from transferlab.backbones.spec import Preprocessing
 from transferlab.backbones.weights import Weights, weights_hash
 from transferlab.checkpoint import Checkpoints, load_adapter, save_adapter
 from transferlab.evaluate import make_predict
-from transferlab.method import Context, Method, collect, forward, needed, sizes, visitor
+from transferlab.method import Context, Method, classes, collect, forward, needed, sizes, visitor
 from transferlab.methods import classifier
 from transferlab.optim import Optim, make_optimiser
 from transferlab.step import compile_step, make_step, start, to_inputs
@@ -49,8 +50,8 @@ class Expected(NamedTuple):
   Fields:
     options: passed to the method.
     still: options that switch its randomness off; only where it has some (dropout) and no option can it be left out.
-    identity: True if training starts from the frozen model's features; a visitor if from those of the plain backbone
-      with that visitor (DTL pools in its own way); False without such a promise.
+    identity: True if training starts from the frozen model's features, on a CLIP from its zero-shot logits; a visitor
+      if from features of the plain backbone with that visitor (DTL pools in its own way); False without such a promise.
     size: spec -> number of trainable parameters without the classifier; None leaves it unchecked.
     mergeable: whether `merge` is offered; None takes either.
     cost: most FLOPs of a training step as a multiple of the plain backbone's forward pass; None leaves it unchecked.
@@ -68,6 +69,8 @@ class Case:
 
   Of a method in stages this is the last, the one that is saved, made from the others' initial parameters.
 
+  On a CLIP, a method that needs no text runs on the image tower; for others class names become texts of made-up words.
+
   Fields:
     frozen: parameters of the backbone as a training step gets them, {} if the method keeps no second copy.
     initial, trainable: as initialised, and moved by noise so that every path counts.
@@ -76,14 +79,15 @@ class Case:
   def __init__(self, method: str | Callable, backbone="vit_tiny_test", expected: Expected = Expected(),
                num_classes: int = 5):
     self.make = _lookup(method)
-    self.spec = backbones.architecture(backbone) if isinstance(backbone, str) else backbone
+    whole = backbones.architecture(backbone) if isinstance(backbone, str) else backbone
+    self.spec = methods.adapted(method, whole) if isinstance(method, str) else whole
     self.expected, self.num_classes = expected, num_classes
     self.params = _random_params(self.spec)
     self.method = self.last_stage(expected.options)
     self.backbone = backbones.build(self.spec)
     self.preprocessing = Preprocessing(self.spec.image_size)
-    self.frozen = self.params if self.method.frozen else {}
-    initial, self.state = self.method.init(jax.random.key(1), self.params, num_classes)
+    initial, self.state = self.init(self.method)
+    self.frozen = self.prepared(self.method, self.state)
     self.initial = jax.tree.map(jnp.array, initial)
     self.trainable = _moved(self.initial, 2)
     self.predict = make_predict(self.method, self.backbone, self.preprocessing)
@@ -92,15 +96,23 @@ class Case:
     S, rng = self.spec.image_size, np.random.default_rng(0)
     self.batch = {"image": rng.integers(0, 256, (ROWS, S, S, 3), np.uint8),
                   "label": rng.integers(0, num_classes, ROWS).astype(np.int32),
-                  "weight": np.float32([1] * (ROWS - 1) + [0])}
+                  "weight": np.float32([1] * (ROWS - 1) + [0]), "domain": np.arange(ROWS, dtype=np.int32) // 2 % 2}
     self.traces = 0
     self._compiled = {}
 
   def last_stage(self, options: dict) -> Method:
     method = self.make(self.spec, **options)
     while method.then:
-      method = method.then(*method.init(jax.random.key(1), self.params, self.num_classes))
+      method = method.then(*self.init(method))
     return method
+
+  def init(self, method: Method):
+    """(trainable, state) of a stage."""
+    tokenize = functools.partial(made_up_ids, self.spec) if method.prompts else None
+    return method.init(jax.random.key(1), self.params, classes(method, self.num_classes, tokenize))
+
+  def prepared(self, method: Method, state) -> dict:
+    return jax.tree.map(jnp.asarray, method.prepare(self.params, state)) if method.frozen else {}
 
   def logits(self, trainable):
     """[B, C] of the batch."""
@@ -141,12 +153,30 @@ class Case:
       run, _ = step(run, frozen, batch)
     return {"loss": loss, "gradient": gradient, "trainable": jax.tree.map(np.array, run.trainable)}
 
+  def zero_shot(self):
+    """Logits [B, C] of the plain CLIP, with the method's templates."""
+    templates = {name: value for name, value in self.method.options.items() if name == "templates"}
+    method = methods.build("zero_shot", self.spec, **templates)
+    _, state = self.init(method)
+    return make_predict(method, self.backbone, self.preprocessing)({}, state, self.prepared(method, state),
+                                                                  self.batch["image"])
+
   @functools.cached_property
   def still(self) -> Method:
     """The method without randomness, on the same trainable."""
     if not self.expected.still:
       return self.method
     return self.last_stage({**self.expected.options, **self.expected.still})
+
+
+def made_up_ids(spec, texts) -> np.ndarray:
+  """Tokens [n, T] of texts for a CLIP without a tokenizer: a number for each word, between start and end."""
+  start_, end = spec.vocabulary - 2, spec.vocabulary - 1
+  ids = np.zeros((len(texts), spec.context), np.int32)
+  for row, text in zip(ids, texts):
+    words = [1 + zlib.crc32(word.encode()) % (start_ - 1) for word in text.split()]
+    row[:len(words) + 2] = [start_, *words, end]
+  return ids
 
 
 def _lookup(method) -> Callable:
@@ -223,6 +253,9 @@ def identity(case: Case) -> None:
   """Training starts from the frozen model, where the method promises that."""
   if not case.expected.identity:
     raise Skip("does not promise to start from the frozen model")
+  if case.method.prompts:
+    _equal("logits at initialisation, against zero-shot", case.logits(case.initial), case.zero_shot())
+    return
   visit = backbones.ignore if case.expected.identity is True else case.expected.identity
   features = _plain(case.spec, visit)(case.params, case.batch["image"])
   _equal("logits at initialisation, against the frozen model's features with the same classifier",
@@ -233,7 +266,7 @@ def size(case: Case) -> None:
   """The number of trainable parameters follows the formula; a classifier has D C + C where it reads features of D."""
   found = sizes(case.method, case.params, case.num_classes)
   head = found.trainable - found.trainable_without_classifier
-  leaves = tree.flatten(case.initial["classifier"])
+  leaves = tree.flatten(case.initial.get("classifier", {}))
   D = [leaf.shape[0] for name, leaf in leaves.items() if name.split("/")[-1] == "kernel"]  # parallel heads have several
   if head != (sum(D) + len(D)) * case.num_classes:
     each = ", ".join(f"{width} x {case.num_classes} + {case.num_classes}" for width in D)
@@ -286,7 +319,7 @@ def writes_from(case: Case) -> None:
     return {**sites, **tree.flatten(weights)}
   run = jax.jit(seen)
   a, b = run(case.initial, case.batch["image"]), run(case.trainable, case.batch["image"])
-  changed = {name.partition("/")[0] for name in a if not np.array_equal(a[name], b[name])}
+  changed = {name.removeprefix("image/").partition("/")[0] for name in a if not np.array_equal(a[name], b[name])}
   found = next((i for i in range(case.spec.depth) if f"block_{i:02d}" in changed), case.spec.depth)
   if found != case.method.writes_from:
     raise Broken(f"writes_from: found block {found} of {case.spec.depth} to be the first that depends on what trains; "
@@ -303,8 +336,10 @@ def isolation(case: Case) -> None:
     return case.method.loss(case.trainable, outputs, context)
   batch = {**case.batch, "target": losses.targets(case.batch, case.num_classes)}
   images = to_inputs(jnp.asarray(case.batch["image"]), case.preprocessing)
-  found = jax.jit(jax.grad(loss))(case.frozen, images, batch)
-  reached = [name for name, leaf in tree.flatten(found).items() if np.any(leaf)]
+  found = tree.flatten(jax.jit(jax.grad(loss, allow_int=True))(case.frozen, images, batch))
+  if case.method.prompts:  # texts may be written to, and their features scaled
+    found = {name: leaf for name, leaf in found.items() if name.startswith("image/")}
+  reached = [name for name, leaf in found.items() if leaf.dtype != jax.dtypes.float0 and np.any(leaf)]
   if reached:
     raise Broken(f"isolation: found a gradient at frozen {', '.join(reached[:3])}; expected none, what is read needs "
                  "stop_gradient")
@@ -349,8 +384,8 @@ def save_load(case: Case) -> None:
   if found.class_names != tuple(names):
     raise Broken(f"class names after loading: found {found.class_names}; expected {tuple(names)}")
   _equal("trainable after loading", found.trainable, case.trainable, 0)
-  run = make_predict(found.method, case.backbone, found.preprocessing)
-  _equal("logits after loading", run(found.trainable, found.state, case.frozen, case.batch["image"]),
+  run, frozen = make_predict(found.method, case.backbone, found.preprocessing), case.prepared(found.method, found.state)
+  _equal("logits after loading", run(found.trainable, found.state, frozen, case.batch["image"]),
          case.logits(case.trainable))
 
 
@@ -376,6 +411,8 @@ def devices_agree(case: Case) -> None:
 
 def micro_batches(case: Case) -> None:
   """A batch in two parts gives the same loss, gradient and parameters as the whole one."""
+  if case.method.whole_batch:
+    raise Skip("needs its batches whole")
   whole = case.train(method=case.still) if case.expected.still else case.train()
   _equal_runs("a batch in 2 parts against the whole", case.train(method=case.still, micro_batches=2), whole)
 
@@ -437,12 +474,12 @@ def cost_class(case: Case) -> None:
 def lowers(case: Case) -> None:
   """The training step on a bfloat16 backbone lowers for TPU and for CUDA, without having either."""
   shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-  half = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+  frozen = jax.eval_shape(lambda found: devices.cast(found, case.params, jnp.bfloat16), case.frozen)
   step = jax.jit(case.step(case.method, backbones.build(case.spec, jnp.bfloat16)))
   run, batch = jax.tree.map(shape, (start(case.trainable, case.state, case.optimiser), case.batch))
   for platform in ("tpu", "cuda"):
     try:
-      jax.export.export(step, platforms=[platform])(run, jax.tree.map(half, case.frozen), batch)
+      jax.export.export(step, platforms=[platform])(run, frozen, batch)
     except Exception as error:
       cause = f"{type(error).__name__} ({' '.join(str(error).split())[:200]})"
       raise Broken(f"lowering for {platform}: found {cause}; expected a program") from error
