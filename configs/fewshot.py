@@ -6,7 +6,8 @@
 
 Published: 1, 2, 4, 8 and 16 shots (the default); seeds 0 to 2 of NOAH's lists, 1 to 3 of CoOp's draws. `seed` is that
 of the images and of the training. "fewshot/" chooses the step on val every 10 epochs, as DTL does; "coop/" takes the
-last step. A task without a slash is one of NOAH's. The rates are starting points.
+last step. A task without a slash is one of NOAH's. The rates are starting points. Methods that read class names as
+texts get CoOp's template of the data set, and its names of the classes.
 
 `protocol=paper` takes the published hyper-parameters, by data set and shots, for dtl and dtl_plus (110 epochs,
 drop-path 0, kernel 3; test images 256 x 256 pixels before the centre is cut), and NOAH's for lora and adapter (batches
@@ -17,6 +18,18 @@ published gaps between the two are not those of the methods alone. We choose on 
 
     transferlab train --config=configs/fewshot.py:method=dtl_plus,shots=4,protocol=paper,backbone=vit_b16.orig_in21k \
         --suite=fewshot5 --workdir=runs/published
+
+On a CLIP ViT-B/16 and CoOp's draws of 16 shots it takes those of LFA's comparison: lfa, coop, clip_adapter, maple,
+clip_linear and zero_shot. SGD, whose decay of 5e-4 is added before the momentum; a first epoch at 1e-5, then a cosine
+that does not reach 0; random crops and flips with CLIP's own normalisation; the last epoch's model. EuroSAT trains 200
+epochs, ImageNet has rows of its own, and with LFA eight templates. Those trained in float16, CoOp, MaPLe and
+clip_linear, train in float32 here.
+
+    transferlab train --config=configs/fewshot.py:method=lfa,protocol=paper,backbone=FILE --suite=coop11 \
+        --seeds=1,2,3 --data_dir=/data --workdir=runs/clip/lfa
+    transferlab report runs/clip --paper=lfa/fewshot
+
+base=coop, base=clip_adapter and base=maple take LFA's on a method that trains first, by its own recipe.
 """
 from transferlab.experiment import arguments, defaults, published
 from transferlab.papers import recipes
@@ -28,6 +41,7 @@ def get_config(text=None):
   coop = arg.task.startswith("coop/")
   config = defaults(arg.method, data=published(arg, "fewshot", "shots", "seed", "phase", "source", "counts"),
                     backbone=arg.backbone, seed=arg.seed)
+  recipes.set_templates(config)
   config.duration = "100 epochs"
   config.batch_size = 32
   config.augmentation = "crop_flip" if coop else "fewshot"

@@ -18,6 +18,7 @@ import json
 import numpy as np
 
 from transferlab.backbones.clip_spec import CLIPSpec
+from transferlab.backbones.weights import clip_names, names
 from transferlab.tree import unflatten
 
 FOLDER = "lfa_and_clip"
@@ -56,21 +57,5 @@ def _clip(path) -> tuple[CLIPSpec, dict]:
                   c["tw"], c["tl"], c["th"], 4 * c["tw"], c["embed"], c["vocab"], c["ctx"])
   table = np.zeros((c["vocab"], c["tw"]), np.float32)
   table[arrays["token_embedding.ids"]] = arrays["token_embedding.rows"]
-  flat = {
-      "image/patch_kernel": arrays["visual.conv1.weight"].transpose(2, 3, 1, 0),
-      "image/cls": arrays["visual.class_embedding"][None, None],
-      "image/pos": arrays["visual.positional_embedding"][None], "image_projection/kernel": arrays["visual.proj"],
-      "text/tokens": table, "text/pos": arrays["positional_embedding"],
-      "text_projection/kernel": arrays["text_projection"],
-      "logit_scale": arrays["logit_scale"]}
-  for ours, theirs in (("image/embed_norm", "visual.ln_pre"), ("image/norm", "visual.ln_post"),
-                       ("text/norm", "ln_final")):
-    flat |= {f"{ours}/scale": arrays[f"{theirs}.weight"], f"{ours}/bias": arrays[f"{theirs}.bias"]}
-  for ours, theirs, depth in (("image", "visual.", c["vl"]), ("text", "", c["tl"])):
-    for i in range(depth):
-      block, there = f"{ours}/block_{i:02d}", f"{theirs}transformer.resblocks.{i}"
-      for a, b in (("ln1", "ln_1"), ("ln2", "ln_2")):
-        flat |= {f"{block}/{a}/scale": arrays[f"{there}.{b}.weight"], f"{block}/{a}/bias": arrays[f"{there}.{b}.bias"]}
-      for a, b in (("qkv", "attn.in_proj_"), ("proj", "attn.out_proj."), ("fc1", "mlp.c_fc."), ("fc2", "mlp.c_proj.")):
-        flat |= {f"{block}/{a}/kernel": arrays[f"{there}.{b}weight"].T, f"{block}/{a}/bias": arrays[f"{there}.{b}bias"]}
-  return spec, unflatten(flat)
+  arrays["token_embedding.weight"] = table
+  return spec, unflatten(names.to_native(names.expand(clip_names.table("openai", spec), 0), arrays))

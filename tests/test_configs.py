@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from transferlab import devices, experiment, methods, train
+from transferlab import backbones, devices, experiment, methods, train
+from transferlab.testing import made_up_ids
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
@@ -71,13 +72,40 @@ def test_first_step_of_a_config(path, text, random_weights, tiny_spec, tiny_task
   config = load(path).get_config(text or None)
   config.data = config.data or "digits"
   found, options, recipe = experiment.parse(config)
-  recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, 8), devices=1, workers=0)
   weights = random_weights(dataclasses.replace(tiny_spec, depth=2))  # the fewest blocks for which methods have a middle
+  if not methods.fits(found.method, weights.spec):
+    weights, options = on_clip(random_weights, found.method, options)
+  first_step(found.method, options, recipe, weights, tiny_task)
+
+
+def on_clip(random_weights, method, options):
+  """(weights of a tiny CLIP, the options with which a method is no deeper than it is)."""
+  spec = dataclasses.replace(backbones.architecture("clip_tiny_test"), context=40)  # CoOp has 16 tokens before a name
+  weights = random_weights(spec)._replace(tokenizer=lambda texts: made_up_ids(spec, texts))
+  return weights, {**options, "depth": 2} if method == "maple" else options
+
+
+@pytest.mark.parametrize("file, text", [("fewshot", "task=coop/imagenet,method=lfa"),
+                                        ("domain_generalization", "task=pacs/sketch,method=zero_shot")])
+def test_first_step_on_a_clip(file, text, random_weights, tiny_task):
+  """Of published recipes: eight templates and the schedule of epochs; nothing to train."""
+  config = load(FOLDER / f"{file}.py").get_config(f"{text},protocol=paper,backbone=clip")
+  found, options, recipe = experiment.parse(config)
+  weights, options = on_clip(random_weights, found.method, options)
+  first_step(found.method, options, recipe, weights, tiny_task)
+
+
+def first_step(name, options, recipe, weights, tiny_task):
+  """Runs it, with at most 8 images of 16 px, and sees that it trains."""
+  recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, 8), devices=1, workers=0)
   split = tiny_task.splits["train"]
   split = dataclasses.replace(split, domains=np.arange(len(split)) % 2)  # for recipes that want a batch of each domain
   task = dataclasses.replace(tiny_task, splits={"train": split})
-  method = methods.build(found.method, weights.spec, **options)
+  method = methods.build(name, weights.spec, **options)
   stage = train.Stage(method, weights, task, recipe, None, 0, True)
+  if name == "zero_shot":
+    assert stage.total == 0 and not jax.tree.leaves(stage.run.trainable)
+    return
   batch = devices.put_batch(next(stage.loader), stage.mesh)
   before = [np.array(leaf) for leaf in jax.tree.leaves(stage.run.trainable)]
   run, metrics = stage.compile(batch)(stage.run, stage.frozen, batch)

@@ -57,10 +57,11 @@ def modules(spec, size: int) -> int:
 
 
 def pairs(spec) -> int:
-  """Of SSF: twice the biases of all blocks, 2 D behind the patches, behind their norm and behind the last norm."""
+  """Of SSF: twice the biases of all blocks, 2 D behind the patches, behind their norm, if any, and the last norm."""
   shapes = [spec.block(i) for i in range(spec.depth)]
   blocks = sum((14 if spec.qkv_bias else 11) * shape.width + 2 * shape.mlp_width for shape in shapes)
-  return blocks + (4 if spec.family == "swin" else 2) * shapes[0].width + 2 * spec.width
+  normed = spec.family == "swin" or spec.embed_norm
+  return blocks + (4 if normed else 2) * shapes[0].width + 2 * spec.width
 
 
 def bottlenecks(spec, bias: bool = True) -> int:
@@ -137,10 +138,10 @@ def generator(spec, tokens: int, width: int) -> int:
 
 
 def regularised(spec) -> int:
-  """Of MIRO: the image tower, its projection, and five variances."""
+  """Of MIRO: the image tower, its projection, and variances of the patches and of the blocks that end a quarter."""
   tower = backbones.abstract_params(spec)["image"]
   return (sum(leaf.size for leaf in tree.flatten(tower).values()) + spec.width * spec.embed_width
-          + (1 + len({spec.depth * quarter // 4 for quarter in (1, 2, 3, 4)})) * spec.width)
+          + (1 + len({-(-spec.depth * quarter // 4) for quarter in (1, 2, 3, 4)})) * spec.width)
 
 
 # Methods that read class names, or want a CLIP's projections, on a small CLIP. Costs are of the image tower's pass.
@@ -158,7 +159,7 @@ CLIP = {
                     still={"dropout": 0.0}),
     "qlora": Expected(options={"rank": 2}, still={"dropout": 0.0, "compute": "float32"}, mergeable=False,
                       size=lambda spec: low_rank(spec, 2)),
-    "miro": Expected(identity=False, mergeable=False, size=regularised),
+    "miro": Expected(options={"weight": 0.1}, identity=False, mergeable=False, size=regularised),
 }
 
 # Other forms of the same methods, under their own names.

@@ -21,7 +21,7 @@ LAYERS = [  # from the top to the bottom; modules of one layer do not import eac
     "commands",
     "analysis",
     "papers sweep",
-    "suite shared grid choice incremental",
+    "suite shared grid choice incremental explain",
     "report",
     "experiment serve inform testing",
     "heads",
@@ -34,8 +34,8 @@ LAYERS = [  # from the top to the bottom; modules of one layer do not import eac
     "data optim devices progress metrics",
     "methods",
     "method",
-    "losses backbones ensembles",
-    "config",
+    "losses backbones ensembles prompts",
+    "config tokenizer",
     "tree files",
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer.split()}
@@ -51,6 +51,8 @@ ONLY = {  # library: the only modules that may import it
     "ml_collections": r"experiment",
     "matplotlib": r"plots",
     "sklearn": r"data\.memory|pretraining\..*",
+    "tokenizers": r"tokenizer",
+    "ftfy": r"tokenizer",
 }
 
 
@@ -166,7 +168,7 @@ def outside_of(node) -> set[str]:
 def test_training_leaves_tensorflow_alone():
   """It would add 1.3 GB, 5.7 s and take the accelerator's memory; what prepares data runs it in a subprocess."""
   code = ("import sys, transferlab.train, transferlab.serve, transferlab.experiment, transferlab.data.loader, grain; "
-          "heavy = ('tensorflow', 'torch', 'tensorflow_datasets', 'matplotlib', 'sklearn'); "
+          "heavy = ('tensorflow', 'torch', 'tensorflow_datasets', 'matplotlib', 'sklearn', 'tokenizers', 'ftfy'); "
           "sys.exit(', '.join(m for m in heavy if m in sys.modules) or 0)")
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
   assert done.returncode == 0, done.stderr[-500:]

@@ -323,14 +323,14 @@ def test_native_header_must_agree_with_the_arrays(tmp_path):
 
 
 def test_zoo_is_small_and_its_names_say_what_they_are():
-  assert len(zoo.ZOO) <= 12 and {"vit_b16.orig_in21k", "vit_b16.augreg_in21k"} <= set(zoo.ZOO)
+  assert len(zoo.ZOO) <= 15 and {"vit_b16.orig_in21k", "vit_b16.augreg_in21k"} <= set(zoo.ZOO)
   for name, entry in zoo.ZOO.items():
     kind, _, where = entry.source.partition(":")
     assert kind in ("hf", "bundled") and where and entry.data and entry.head
     if entry.architecture:
       spec = ARCHITECTURES[entry.architecture]
       assert name.split(".")[0] == entry.architecture
-      assert re.search(rf"patch{spec.patch_size}_(window\d+_)?{spec.image_size}\b", where)
+      assert re.search(rf"patch{spec.patch_size}_(window\d+_|clip_)?{spec.image_size}\b", where)
       assert entry.preprocessing.image_size == spec.image_size
 
 

@@ -39,6 +39,7 @@ def storage(key: str, count: int, kind: str = "Float") -> bytes:
 
 
 EMPTY = b"ccollections\nOrderedDict\n)R"
+MODULE = b"c__torch__.model.___torch_mangle_7\nBlock\n)\x81"  # an object of TorchScript's, without attributes
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 
 
@@ -67,6 +68,26 @@ def save(path, arrays: dict, wrap=lambda program: program):
              for i, (name, a) in enumerate(arrays.items())}
   stored = {str(i): a.tobytes() for i, a in enumerate(arrays.values())}
   return archive(path, wrap(state_dict(**entries)), stored)
+
+
+def scripted(path, arrays: dict):
+  """Arrays as torch.jit.save writes a module of modules, "visual.conv1.weight"; its code is deflated."""
+  kinds, stored = {np.dtype(kind): name for name, kind in KINDS.items()}, {}
+  def program(prefix: str) -> bytes:
+    inside = dict.fromkeys(name[len(prefix):].partition(".")[0] for name in arrays if name.startswith(prefix))
+    entries = {"training": b"\x89", "_is_full_backward_hook": b"N"}
+    for name in inside:
+      if (a := arrays.get(prefix + name)) is None:
+        entries[name] = program(f"{prefix}{name}.")
+        continue
+      key, strides = str(len(stored)), tuple(step // a.itemsize for step in a.strides)
+      entries[name] = tensor(storage(key, a.size, kinds[a.dtype]), 0, a.shape, strides)
+      stored[key] = a.tobytes()
+    return MODULE + state_dict(**entries) + b"b"
+  archive(path, program(""), stored)
+  with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file:
+    file.writestr("archive/code/__torch__/model.py", "import os\n" * 100)
+  return path
 
 
 def one(path, entry: bytes, count: int = 6, kind: str = "Float", **others):
@@ -157,7 +178,10 @@ def test_nothing_but_state_dicts_and_nothing_runs(tmp_path):
       "system": b"cposix\nsystem\n(" + command + b"tR", "eval": b"c__builtin__\neval\n(" + command + b"tR",
       "inst": b"(" + command + b"iposix\nsystem\n", "obj": b"(cposix\nsystem\n" + command + b"o",
       "stack_global": text("posix") + text("system") + b"\x93" + command + b"\x85R",
-      "newobj": b"ctorch\nFloatStorage\n)\x81", "extension": b"\x82\x01",
+      "newobj": b"ctorch\nFloatStorage\n)\x81", "newobj of torch": b"c__torch__.a\nos.system\n)\x81",
+      "newobj of another": b"c__torch__a.b\nC\n)\x81", "newobj with arguments": MODULE[:-2] + tuple_(command) + b"\x81",
+      "module called": MODULE[:-1] + b"R", "module of a list": MODULE + b"]b", "module of a module": MODULE * 2 + b"b",
+      "module of numbers": MODULE + b"}" + number(1) + good + b"sb", "extension": b"\x82\x01",
       "dotted": b"ctorch\nos.system\n(" + command + b"tR", "torch.load": b"ctorch\nload\n(" + command + b"tR",
       "numpy": b"cnumpy.core.multiarray\n_reconstruct\n)R", "storage called": b"ctorch\nFloatStorage\n)R",
       "dict called": b"})R", "text called": command + b")R", "arguments": EMPTY[:-2] + b"(]tR",
@@ -227,8 +251,24 @@ def test_archives_that_torch_does_not_write(tmp_path):
   refused(path, "before torch 1.6", "Convert")
 
 
-def test_torchscript_is_refused(golden):
-  refused(golden("checkpoints/openai_clip/vit_jit.pt"), "__torch__.clip_model.CLIP")
+def test_torchscript_archives_hold_what_the_state_dict_does(golden, tmp_path):
+  """Written by torch.jit.save: modules within modules, and code, which is deflated and stays unread."""
+  found, expected = (read_torch(golden(f"checkpoints/openai_clip/vit_{kind}.pt")) for kind in ("jit", "state_dict"))
+  assert found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in found)
+  again = read_torch(scripted(tmp_path / "again.pt", found))
+  assert again.keys() == found.keys() and all(np.array_equal(again[name], found[name]) for name in found)
+
+
+def test_modules_that_hold_themselves_have_an_end(tmp_path):
+  good, path = tensor(storage("0", 6), 0, (6,), (1,)), tmp_path / "odd.pt"
+  itself = MODULE + b"q\x00}(" + text("w") + good + text("again") + b"h\x00ub"
+  assert list(read_torch(archive(path, itself, {"0": bytes(24)}))) == ["w"]
+  deep = MODULE + state_dict(w=good) + b"b"
+  for _ in range(70):
+    deep = MODULE + state_dict(a=deep) + b"b"
+  refused(archive(path, deep, {"0": bytes(24)}), "more than 64 deep")
+  refused(archive(path, MODULE + state_dict(**{"a\nb": good}) + b"b", {"0": bytes(24)}), "no tensor")
+  refused(archive(path, MODULE, {}), "no state dict")
 
 
 def test_any_cut_is_refused_and_any_flip_refused_or_harmless(tmp_path):

@@ -184,6 +184,7 @@ def _parse_header(path, text) -> dict:
   if not isinstance(spec, dict) or spec.get("family") not in list(backbones.FAMILIES):
     raise ValueError(f"{path} belongs to an unknown family of backbones; known: {', '.join(backbones.FAMILIES)}")
   blocks = spec["stages"] if isinstance(spec.get("stages"), list) and spec["stages"] else [spec.get("depth")]
+  blocks = [*blocks, *([spec.get("text_depth")] if spec["family"] == "clip" else [])]
   if not all(isinstance(n, int) and n >= 1 for n in blocks) or sum(blocks) > MAX_DEPTH:
     raise ValueError(f"{path} says its backbone has {' + '.join(map(repr, blocks))} blocks; expected 1 to {MAX_DEPTH}")
   if header["preprocessing"].get("image_size") != spec.get("image_size"):
@@ -199,6 +200,7 @@ def _parse_header(path, text) -> dict:
 def check_backbone(adapter: Adapter, weights: Weights) -> None:
   """Refuses an adapter on weights it was not trained on. Their names may differ: the same file may lie elsewhere."""
   name, known, spec = adapter.backbone["name"], adapter.backbone["spec"], weights.spec.to_dict()
+  known = config.fill(backbones.FAMILIES[known["family"]][0], known, "spec").to_dict()  # fields newer than the adapter
   different = [key for key in spec if key != "name" and known.get(key) != spec[key]]
   if different:
     differs = [f"{key} {known.get(key)} and {spec[key]}" for key in different]

@@ -26,6 +26,8 @@ USAGE = """usage: transferlab VERB [--flag=value …]      (transferlab VERB --h
   predict   --adapter=runs/mine/adapter.safetensors --out=predictions.csv image.jpg folder/
   predict   --adapter=runs/mine/adapter.safetensors --table=photos.csv --out=predicted.csv
   predict   --adapter=cats/adapter.safetensors,dogs/adapter.safetensors image.jpg
+  predict   --backbone=clip/ --classes="dog,cat" --templates="a photo of a {}." image.jpg
+  predict   --adapter=lfa/adapter.safetensors --backbone=clip/ --explain=explained image.jpg
   info      --backbone=vit_b16 --method=dtl --num_classes=100
   info      --backbone=vit_l16 --method=inca --against=full --heads=8
   convert   --backbone=weights.npz --out=weights.safetensors

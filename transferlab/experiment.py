@@ -38,6 +38,8 @@ class Experiment:
     preprocessing: changes to the weights' own, "interpolation=bilinear,crop=squash", for files that store none.
     logits: a ResNet's own classifier becomes part of it, so that Head2Toe reads its logits too.
     download: allow a zoo entry to be fetched.
+    tokenizer: of a CLIP, its file or folder, "" for what lies beside the weights.
+    truncate: of a CLIP, cut texts that are too long instead of refusing them.
     method: a registered name; its options are under `options`.
     features: folder of an activation cache to train from, "" to train from images; what is missing is written first.
   """
@@ -49,6 +51,8 @@ class Experiment:
   preprocessing: str = ""
   logits: bool = False
   download: bool = False
+  tokenizer: str = ""
+  truncate: bool = False
   method: str = "linear"
   features: str = ""
 
@@ -56,8 +60,9 @@ class Experiment:
 # Starting points: small heads take large steps, whole backbones small ones.
 LEARNING_RATES = {"linear": 1e-2, "mlp3": 3e-3, "full": 3e-5, "bitfit": 3e-3, "lora": 1e-3, "ssf": 5e-3, "dtl": 3e-3,
                   "dtl_plus": 3e-3, "dtl_plus_star": 3e-3, "inca": 3e-3, "open_inca": 3e-3, "all_features": 1e-2,
-                  "head2toe": 1e-2, "head2toe_layers": 1e-2, "head2toe_given": 1e-2, "head2toe_ft": 1e-4}
-LR_FACTORS = {"head2toe_ft": (("classifier/.*", 100.0),)}  # its rate is the backbone's
+                  "head2toe": 1e-2, "head2toe_layers": 1e-2, "head2toe_given": 1e-2, "head2toe_ft": 1e-4,
+                  "miro": 5e-5}
+LR_FACTORS = {"head2toe_ft": (("classifier/.*", 100.0),), "miro": (("variance/.*", 10.0),)}  # theirs is the backbone's
 # Of a recipe, what is told of every run, default or not.
 TOLD = ("duration", "batch_size", "optim/name", "optim/lr", "optim/schedule", "optim/warmup", "optim/weight_decay",
         "augmentation", "drop_path", "drop_last", "select")
@@ -176,7 +181,8 @@ def _parsed(name: str, value, old, kind=None):
     if kind is str or isinstance(old, str) and kind is None:
       return value
     try:
-      value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+      found = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+      value = value if isinstance(found, dict) else found  # no option takes one, and "{}" is a template
     except (ValueError, SyntaxError):
       pass
   if kind is None and (old is None or value is None):
@@ -212,7 +218,8 @@ def described(recipe: Recipe, options: dict) -> str:
 def weights_of(experiment: Experiment) -> Weights:
   """The weights that an experiment asks for, at its resolution and with its preprocessing."""
   weights = load_weights(experiment.backbone, architecture=experiment.architecture or None,
-                         image_size=experiment.image_size or None, download=experiment.download)
+                         image_size=experiment.image_size or None, download=experiment.download,
+                         tokenizer=experiment.tokenizer or None, truncate=experiment.truncate)
   weights = weights._replace(preprocessing=weights.preprocessing.changed(experiment.preprocessing))
   weights = with_logits(weights) if experiment.logits else weights
   return adapted(weights, experiment.method)

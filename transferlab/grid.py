@@ -52,7 +52,8 @@ class Group(NamedTuple):
 def parse(text: str) -> dict[str, list[str]]:
   """{key: texts of its values} of "optim.lr=1e-3,1e-2;options.fraction=0.1,(0.01,0.02)".
 
-  A comma within brackets belongs to its value.
+  A comma within brackets belongs to its value. Keys that vary together are joined, and so are their values:
+  "optim.lr+batch_size=(1e-3,32),(1e-4,16)".
   """
   grid = {}
   for part in filter(None, (part.strip() for part in text.split(";"))):
@@ -93,7 +94,8 @@ def changed(config, values: Mapping[str, Any]):
 
 
 def points(config, grid: Mapping[str, Sequence]) -> list[Point]:
-  """All points of a grid, {key: values or their texts}; the first key varies slowest.
+  """All points of a grid, {key: values or their texts}; the first key varies slowest. A key may be several that vary
+  together, "optim.lr+batch_size", whose values are as many, (1e-3, 32).
 
   Raises:
     ValueError: an empty grid, a key that the configuration lacks or that names the task, a value that does not suit,
@@ -102,24 +104,38 @@ def points(config, grid: Mapping[str, Sequence]) -> list[Point]:
   if not grid:
     raise ValueError("the grid is empty; give --grid='optim.lr=1e-3,1e-2', or a config file with get_grid")
   for key, values in grid.items():
-    if key in OF_THE_TASK:
+    if set(key.split("+")) & set(OF_THE_TASK):
       raise ValueError(f"grid over {key}: scores of different tasks are not compared; sweep each task, or all tasks of "
                        "a suite with --suite")
     if isinstance(values, str) or not len(values):
       raise ValueError(f"grid.{key} is {values!r}; expected a list of values")
   found, seen = [], {}
-  for given in itertools.product(*grid.values()):
-    new = changed(config, dict(zip(grid, given)))
+  for values in itertools.product(*grid.values()):
+    given = _apart(dict(zip(grid, values)))
+    new = changed(config, given)
     text = json.dumps(new.to_dict(), sort_keys=True)
+    shown = ", ".join(f"{key}={value}" for key, value in given.items())
     if text in seen:
-      raise ValueError(f"grid has a point twice: {seen[text]} and {_shown(grid, given)}; leave one out")
-    seen[text] = _shown(grid, given)
-    found.append(Point({key: _value(new, key) for key in grid}, new, *experiment.parse(new)))
+      raise ValueError(f"grid has a point twice: {seen[text]} and {shown}; leave one out")
+    seen[text] = shown
+    found.append(Point({key: _value(new, key) for key in given}, new, *experiment.parse(new)))
   return found
 
 
-def _shown(grid: Mapping, given: Sequence) -> str:
-  return ", ".join(f"{key}={value}" for key, value in zip(grid, given))
+def _apart(given: Mapping[str, Any]) -> dict[str, Any]:
+  """{key: value} with joint keys taken apart."""
+  found = {}
+  for key, value in given.items():
+    keys = key.split("+")
+    if isinstance(value, str) and len(keys) > 1:
+      value = _at_commas(value.strip()[1:-1])
+    values = [value] if len(keys) == 1 else value
+    if not isinstance(values, (list, tuple)) or len(values) != len(keys):
+      raise ValueError(f"grid.{key} has the value {given[key]!r}; expected {len(keys)} in brackets, one for each key")
+    if again := [each for each in keys if each in found]:
+      raise ValueError(f"grid has {again[0]} twice; give all its values at once")
+    found |= dict(zip(keys, values))
+  return found
 
 
 def _value(config, key: str):

@@ -45,6 +45,7 @@ class Context(NamedTuple):
     rng: key for dropout and the like, None unless training.
     train: whether this is a training step.
     vary: values of those options, see `Method.varies`, that parallel heads do not share.
+    domains: number of domains that are trained on, 1 without domains; None where it is not known.
   """
   batch: dict = {}
   state: dict = {}
@@ -53,6 +54,7 @@ class Context(NamedTuple):
   rng: Any = None
   train: bool = False
   vary: dict = {}
+  domains: int | None = None
 
 
 class Outputs(NamedTuple):
@@ -102,6 +104,8 @@ class Method(NamedTuple):
     frozen: False if the method never looks at the frozen parameters after init, so that no second copy is kept.
     recipe: what the recipe is to be for this stage alone, {"duration": "500 epochs", "optim": {"lr": 5e-4}}; see
       `recipe.changed`. Heads trained side by side share one recipe and know none of a stage's own.
+    whole_batch: True if an example's result depends on the others of its batch; such a batch is never cut into
+      micro-batches.
     search: (trainable, state, score) -> state, called when this stage is trained and before `then`. score([vary, …]) ->
       [accuracy on the validation split] with ctx.vary set to each of these, {name: array} of equal shapes; they are
       evaluated side by side. Its randomness comes from `state`, so that a resumed run searches as before.
@@ -132,6 +136,7 @@ class Method(NamedTuple):
   merge: Callable | None = None
   frozen: bool = True
   recipe: dict = {}
+  whole_batch: bool = False
   search: Callable | None = None
   then: Callable | None = None
   varies: tuple = ()

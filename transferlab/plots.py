@@ -1,4 +1,4 @@
-"""Pictures of results, each beside a CSV file with its numbers: a heat map, points and curves.
+"""Pictures of results, each beside a CSV file with its numbers: a heat map, points and curves, portraits.
 
 Without matplotlib (the [plot] extra) the numbers are written all the same. Nothing opens a window.
 """
@@ -26,13 +26,18 @@ class Point(NamedTuple):
   label: str = ""
 
 
+def make_folder(folder: Path) -> None:
+  """Makes a folder, and those above it, unless it is there."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(f"cannot write to {folder} ({error.strerror}); give a folder that you may write to") from None
+
+
 def table(path, header: Sequence[str], rows: Iterable[Sequence]) -> Path:
   """Writes a CSV file, whole or not at all. None and NaN become empty cells; its folder is made if need be."""
   path = Path(path)
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise ValueError(f"cannot write to {path.parent} ({error.strerror}); give a folder that you may write to") from None
+  make_folder(path.parent)
   blank = lambda cell: "" if cell is None or (isinstance(cell, float) and math.isnan(cell)) else cell
   with atomic(path) as temporary, open(temporary, "w", newline="") as file:
     writer = csv.writer(file)
@@ -178,6 +183,47 @@ def planes(path, found: Sequence[Plane], *, title: str = "", lines: bool = True,
       text.set_parse_math(False)
   figure.suptitle(title, fontsize=11, parse_math=False)
   return [*written, _save(figure, path)]
+
+
+def portrait(path, image: np.ndarray, bars: Mapping[str, Sequence[float]], shares: Mapping[str, Sequence[float]],
+             labels: Sequence[str], *, title: str = "") -> list[Path]:
+  """Writes `path`.png: an image, planes of bars one above the other, and beside them shares by name.
+
+  Args:
+    image: [H, W, 3] uint8.
+    bars: {plane: a height from 0 to 1 for each place 1, 2, …}.
+    shares: {name: one share from 0 to 1 for each of `labels`}, from the top to the bottom.
+    labels: what each name's shares are, in the legend.
+
+  Returns:
+    The picture; nothing, with a message, where matplotlib is missing.
+  """
+  figure = _figure(11, 4.2)
+  if figure is None:
+    return []
+  left, middle, right = figure.subfigures(1, 3, width_ratios=(1, 1.2, 1.1))
+  axes = left.subplots()
+  axes.imshow(image[::max(image.shape[0] // 512, 1), ::max(image.shape[1] // 512, 1)], extent=(
+      0, image.shape[1], image.shape[0], 0))
+  axes.set_axis_off()
+  for each, (name, heights) in zip(middle.subplots(len(bars), 1, squeeze=False)[:, 0], bars.items()):
+    each.bar(range(1, len(heights) + 1), heights, color="C0")
+    each.set_xticks(range(1, len(heights) + 1, 1 + len(heights) // 16))
+    each.set_ylim(0, 1)
+    each.set_title(name, **PLAIN)
+    each.tick_params(labelsize=7)
+  axes = right.subplots()
+  thick = 0.8 / len(labels)
+  for i, label in enumerate(labels):
+    axes.barh([k + i * thick for k in range(len(shares))], [each[i] for each in shares.values()], thick, label=label)
+  axes.set_yticks([k + (len(labels) - 1) * thick / 2 for k in range(len(shares))], list(shares), **PLAIN)
+  axes.invert_yaxis()
+  axes.set_xlim(0, 1)
+  axes.set_xlabel("probability", fontsize=8)
+  axes.tick_params(axis="x", labelsize=7)
+  right.legend(loc="outside lower center", ncols=len(labels), fontsize=8)
+  figure.suptitle(title, fontsize=10, parse_math=False)
+  return [_save(figure, path)]
 
 
 def _log(axes, places: set[float]) -> None:

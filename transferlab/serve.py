@@ -1,4 +1,4 @@
-"""A trained classifier in use: an adapter on its backbone, or the head that a weights file carries."""
+"""A classifier in use: an adapter on its backbone, the head that a weights file carries, or a CLIP and class names."""
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,13 +11,14 @@ import numpy as np
 from transferlab import backbones, data, methods
 from transferlab.backbones import zoo
 from transferlab.backbones.spec import Preprocessing
-from transferlab.backbones.weights import Weights, export_timm, load_weights, with_logits
+from transferlab.backbones.weights import Weights, export_timm, image_tower, load_weights, with_logits
 from transferlab.checkpoint import Adapter, check_backbone, load_adapter
 from transferlab.evaluate import Evaluation, evaluate as count, make_predict
 from transferlab.files import atomic, write_json
-from transferlab.method import Method
+from transferlab.method import Method, classes
 from transferlab.methods import classifier as head_lib
 from transferlab.progress import Progress, say
+from transferlab.train import check_texts
 
 
 class Classifier(NamedTuple):
@@ -28,6 +29,7 @@ class Classifier(NamedTuple):
   trainable: dict
   state: dict
   weights: Weights
+  frozen: dict      # what the method keeps of them
   logits: Callable  # preprocessed images [B, S, S, 3] on 0 … 255, weight [B] or None -> logits [B, C]
 
   def __call__(self, images: Iterable, batch_size: int = 32) -> np.ndarray:
@@ -65,23 +67,28 @@ def _pixels(image) -> np.ndarray:
   return image
 
 
-def load(adapter=None, weights=None, *, class_names=None, preprocessing: str = "") -> Classifier:
-  """Loads an adapter with its backbone, or the head of some weights.
+def load(adapter=None, weights=None, *, class_names=None, templates=None, preprocessing: str = "") -> Classifier:
+  """Loads an adapter with its backbone, the head of some weights, or a CLIP that knows classes by their names.
 
   Args:
-    adapter: path of an adapter file; None uses the head that `weights` carry.
-    weights: Weights, or a source for `load_weights`; an adapter on a zoo backbone finds its own.
-    class_names: names of the head's columns, for heads only; default "0", "1", ….
-    preprocessing: changes to that of the weights, for heads only; see `Preprocessing.changed`.
+    adapter: path of an adapter file; None uses the head that `weights` carry, or of a CLIP `methods.zero_shot`.
+    weights: Weights, or a source for `load_weights`; an adapter on a zoo backbone finds its own, and one on a CLIP's
+      image tower takes the CLIP.
+    class_names: without an adapter; names of the head's columns, "0", "1", … by default, or a CLIP's classes.
+    templates: of a CLIP without an adapter, one or several texts with {} for the class name.
+    preprocessing: changes to that of the weights, without an adapter; see `Preprocessing.changed`.
 
   Raises:
-    ValueError: weights the adapter was not trained on, no head in the file, another number of classes.
+    ValueError: weights the adapter was not trained on, no head in the file, another number of classes; a CLIP without
+      class names or tokenizer, class names or templates that give no prompts.
   """
   if adapter is None:
     weights = _weights(weights)
-    return _of_head(weights._replace(preprocessing=weights.preprocessing.changed(preprocessing)), class_names)
-  if class_names is not None or preprocessing:
-    raise ValueError("an adapter has its own class names and preprocessing; leave classes and preprocessing out")
+    weights = weights._replace(preprocessing=weights.preprocessing.changed(preprocessing))
+    return (_zero_shot if weights.spec.family == "clip" else _of_head)(weights, class_names, templates)
+  if class_names is not None or preprocessing or templates:
+    raise ValueError("an adapter has its own class names, templates and preprocessing; leave classes, templates and "
+                     "preprocessing out")
   found = load_adapter(adapter)
   weights = weights_of(adapter, found, weights)
   return _make(found.class_names, found.preprocessing, found.method, found.trainable, found.state, weights)
@@ -97,6 +104,8 @@ def weights_of(path, adapter: Adapter, weights=None) -> Weights:
   weights = _weights(weights, adapter.backbone["spec"]["image_size"])
   if adapter.backbone["spec"].get("classes") and weights.spec.family == "resnet" and weights.head:
     weights = with_logits(weights)
+  if adapter.backbone["spec"]["family"] == "vit" and weights.spec.family == "clip":
+    weights = image_tower(weights)
   check_backbone(adapter, weights)
   return weights
 
@@ -107,7 +116,19 @@ def _weights(weights, image_size=None) -> Weights:
   return weights if isinstance(weights, Weights) else load_weights(weights, image_size=image_size)
 
 
-def _of_head(weights: Weights, class_names) -> Classifier:
+def _zero_shot(weights: Weights, class_names, templates) -> Classifier:
+  if not class_names:
+    raise ValueError(f"{weights.name} is a CLIP and has no classes of its own; give their names with "
+                     "--classes=dog,cat, or an adapter with --adapter")
+  method = methods.build("zero_shot", weights.spec, **({"templates": templates} if templates else {}))
+  check_texts(method, weights, class_names)
+  known = classes(method, class_names, weights.tokenizer)
+  return _make(tuple(class_names), weights.preprocessing, method, *method.init(None, weights.params, known), weights)
+
+
+def _of_head(weights: Weights, class_names, templates=None) -> Classifier:
+  if templates:
+    raise ValueError(f"templates are for a CLIP's text tower, and {weights.name} has none; leave them out")
   if weights.head is None:
     raise ValueError(f"{weights.name} carries no classifier; train one, or give an adapter with --adapter")
   count_ = weights.head["kernel"].shape[1]
@@ -128,7 +149,7 @@ def _make(class_names, preprocessing, method, trainable, state, weights) -> Clas
   frozen = jax.device_put(method.prepare(weights.params, state)) if method.frozen else {}
   trainable = jax.device_put(trainable)
   run = make_predict(method, backbones.build(weights.spec), preprocessing)
-  return Classifier(class_names, preprocessing, method, trainable, state, weights,
+  return Classifier(class_names, preprocessing, method, trainable, state, weights, frozen,
                     lambda images, weight=None: run(trainable, state, frozen, images, weight))
 
 
@@ -173,14 +194,7 @@ def predict_files(classifier, files, *, top: int = 1, batch_size: int = 32, bad_
   rows = []
   with Progress(len(files), "predicting", quiet=quiet) as progress:
     for i in range(0, len(files), batch_size):
-      readable = {}
-      for name in files[i:i + batch_size]:
-        try:
-          readable[name] = data.decode(name)
-        except data.BadImage as error:
-          if bad_images == "error":
-            raise data.BadImage(f"{error}; replace or remove it, or leave it out with --bad_images=skip") from None
-          say(f"skipped: {error}")
+      readable = read_images(files[i:i + batch_size], bad_images)
       found = classifier.by_task(readable.values(), batch_size)
       for k, name in enumerate(readable):
         for task, names in classifier.tasks.items():
@@ -188,6 +202,19 @@ def predict_files(classifier, files, *, top: int = 1, batch_size: int = 32, bad_
           rows += [(name, *filter(None, [task]), names[c], float(found[task][k, c])) for c in best]
       progress.update(len(files[i:i + batch_size]))
   return rows
+
+
+def read_images(files, bad_images: str = "error") -> dict[str, np.ndarray]:
+  """{file: image [H, W, 3] uint8}; one that cannot be read is an error, or with "skip" named and left out."""
+  images = {}
+  for name in files:
+    try:
+      images[name] = data.decode(name)
+    except data.BadImage as error:
+      if bad_images == "error":
+        raise data.BadImage(f"{error}; replace or remove it, or leave it out with --bad_images=skip") from None
+      say(f"skipped: {error}")
+  return images
 
 
 def predict_table(classifier, table: data.Table, out, *, image_column: str | None = None, root=None,

@@ -32,13 +32,14 @@ class SharedClassifier(NamedTuple):
   preprocessing: Preprocessing
   weights: Weights
   deepest: str  # the last site that a task reads, where the shared pass ends
-  logits: Callable  # preprocessed images [B, S, S, 3] on 0 … 255 -> {task: logits [B, C]}
+  logits: Callable  # preprocessed images [B, S, S, 3] on 0 … 255, weight [B] or None -> {task: logits [B, C]}
 
   def __call__(self, images: Iterable, batch_size: int = 32) -> dict[str, np.ndarray]:
     """Images of any size, uint8 [H, W, 3] or paths, to probabilities float32 [N, C] of each task."""
     found = {task: [np.zeros((0, len(names)), np.float32)] for task, names in self.tasks.items()}
     for batch, rows in in_batches(images, self.preprocessing, batch_size):
-      for task, logits in self.logits(batch).items():
+      weight = (np.arange(len(batch)) < rows).astype(np.float32)
+      for task, logits in self.logits(batch, weight).items():
         found[task].append(np.asarray(jax.nn.softmax(logits, axis=-1))[:rows])
     return {task: np.concatenate(parts) for task, parts in found.items()}
 
@@ -82,12 +83,13 @@ def load_many(adapters, weights=None) -> SharedClassifier:
   read = {read.site for method in methods.values() for read in method.reads.values()}
   deepest = [site for site in backbones.sites(weights.spec) if site in read][-1]
   return SharedClassifier({name: adapter.class_names for name, adapter in zip(names, found)}, found[0].preprocessing,
-                          weights, deepest, lambda images: run(heads, frozen, images, own))
+                          weights, deepest, lambda images, weight=None: run(heads, frozen, images, own, weight))
 
 
 def make_predict(methods: dict[str, Method], backbone: backbones.Backbone, preprocessing: Preprocessing) -> Callable:
-  """A jitted ({task: (trainable, state)}, frozen, images [B, S, S, 3] on 0 … 255, own={}) -> {task: logits [B, C]
-  float32}; `own` has {task: frozen parameters} of methods on a CLIP, which keep text features of their own.
+  """A jitted ({task: (trainable, state)}, frozen, images [B, S, S, 3] on 0 … 255, own={}, weight=None) -> {task: logits
+  [B, C] float32}; `own` has {task: frozen parameters} of methods on a CLIP, which keep text features of their own, and
+  weight [B] is 0 for padding.
 
   What several methods read at one site, reduced alike, is collected once. Tasks of one method that writes, with equal
   options, take turns in a loop: 19 on ViT-B/16 at batch 32 need 153 MiB of temporaries above what they share, side by
@@ -95,8 +97,8 @@ def make_predict(methods: dict[str, Method], backbone: backbones.Backbone, prepr
   """
   reads = {(read.site, read.how): read for method in methods.values() for read in method.reads.values()}
 
-  def run(heads, frozen, images, own=None):
-    own = own or {}
+  def run(heads, frozen, images, own=None, weight=None):
+    own, batch = own or {}, {} if weight is None else {"weight": weight}
     _, seen = backbone.apply(frozen, to_inputs(images, preprocessing), collect(reads, frozen), {})
     activations = lambda method: {slot: seen[read.site, read.how] for slot, read in method.reads.items()}
     logits, writing = {}, {}
@@ -104,7 +106,7 @@ def make_predict(methods: dict[str, Method], backbone: backbones.Backbone, prepr
       trainable, state = heads[task]
       if reads_only(method, backbone.spec):
         texts = backbone if method.texts else None
-        context = Context(state=state, frozen=own.get(task, {}))
+        context = Context(batch, state, own.get(task, {}))
         logits[task] = forward(method, texts, trainable, activations(method), context).logits
       else:
         writing.setdefault(_form(method, trainable, state), []).append(task)

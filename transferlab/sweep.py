@@ -268,9 +268,10 @@ def run_suite(suite: str, config: str, grid: Mapping[str, Sequence] | None, work
   tell = (lambda message: None) if quiet else say
   configs, present, absent = suite_lib.opened(suite, config, overrides, seeds or (0,), tell)
   last = suite_lib.opened(suite, experiment.with_arguments(config, final), overrides, seeds or (0,), lambda _: None)[0]
+  first = (*seeds, 0)[0]
   def one(name: str) -> tuple[str, Outcome]:
-    own = grid or experiment.load_grid(experiment.with_arguments(config, f"task={name}"))
-    return name, run(configs[name, (*seeds, 0)[0]], own, suite_lib.folder_of(workdir, name), seeds=seeds, quiet=quiet,
+    own = grid or experiment.load_grid(experiment.with_arguments(config, f"task={name},seed={first}"))
+    return name, run(configs[name, first], own, suite_lib.folder_of(workdir, name), seeds=seeds, quiet=quiet,
                      final=lambda seed: last[name, seed], **how)
   done, failed = suite_lib.each({name: functools.partial(one, name) for name in present}, tell)
   return SuiteOutcome(dict(done), absent, failed)

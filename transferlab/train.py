@@ -61,7 +61,7 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   check_arguments(weights, task, tell)
   weights = adapted(weights, method if isinstance(method, str) else method.name)
   first = methods.build(method, weights.spec, **(options or {})) if isinstance(method, str) else method
-  check_texts(first, weights, task)
+  check_texts(first, weights, task.class_names)
   if features:
     features_lib.check(first, weights.spec, recipe)
     task = features_lib.verified(features, weights, first.reads, task, recipe)
@@ -104,15 +104,15 @@ def adapted(weights: Weights, method: str) -> Weights:
   return weights if methods.adapted(method, weights.spec) is weights.spec else image_tower(weights)
 
 
-def check_texts(method: Method, weights: Weights, task: data.Task) -> None:
+def check_texts(method: Method, weights: Weights, class_names) -> None:
   """Raises `ValueError` for class names that a method cannot make texts of, before anything is read."""
   if method.prompts is None:
     return
   if weights.tokenizer is None:
     raise ValueError(f"{method.name} reads class names as texts, and {weights.name} came without a tokenizer; give its "
-                     "file or folder as tokenizer (tokenizer.json, vocab.json with merges.txt, or "
-                     "bpe_simple_vocab_16e6.txt.gz)")
-  classes(method, task.class_names, weights.tokenizer)
+                     "file or folder as tokenizer (--tokenizer=, --config.tokenizer=): tokenizer.json, vocab.json with "
+                     "merges.txt, or OpenAI's bpe_simple_vocab_16e6.txt.gz")
+  classes(method, class_names, weights.tokenizer)
 
 
 def train_stages(first: Method, weights: Weights, task: data.Task, recipe: Recipe, folder: Workdir | None,

@@ -60,7 +60,7 @@ class CLIPSpec:
       raise ValueError(f"text_width {self.text_width} is not a multiple of text_heads {self.text_heads}")
     if not 3 <= self.context <= MAX_CONTEXT:
       raise ValueError(f"context is {self.context}; expected 3 to {MAX_CONTEXT} tokens")
-    self.image  # raises what is wrong with it
+    assert self.image  # raises what is wrong with it
 
   @functools.cached_property
   def image(self) -> ViTSpec:

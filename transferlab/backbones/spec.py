@@ -157,7 +157,7 @@ class ViTSpec:
   def sizes(self) -> str:
     """What distinguishes architectures, in words."""
     return (f"width {self.width}, {self.depth} blocks, {self.heads} heads, MLP {self.mlp_width}, "
-            f"patch {self.patch_size}")
+            f"patch {self.patch_size}" + ", a norm of its embeddings" * self.embed_norm)
 
   @property
   def hidden(self) -> str:

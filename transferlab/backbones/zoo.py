@@ -2,7 +2,7 @@
 
 "ViT-B/16 ImageNet-21k" is two different files in the literature: DTL and FacT adapt the original release, SSF the
 AugReg one. They have two names here and are never mixed. Preprocessing is that of timm's copies
-(timm vision_transformer.py, swin_transformer.py, default_cfgs).
+(timm vision_transformer.py, swin_transformer.py, default_cfgs); of CLIPs, whose copies hold both towers, OpenAI's.
 Hashes are those of `weights_hash`, and None where this project has not had the file in its hands.
 """
 from typing import NamedTuple
@@ -31,6 +31,10 @@ class ZooEntry(NamedTuple):
 
 _HALF = Preprocessing(224, "bicubic", "center", 0.9)
 _IMAGENET = Preprocessing(224, "bicubic", "center", 0.9, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CLIP = Preprocessing(224, "bicubic", "center", 1.0, (0.48145466, 0.4578275, 0.40821073),
+                      (0.26862954, 0.26130258, 0.27577711))
+_OPENAI = "400 million images with their texts from the internet, contrastively (Radford et al. 2021)"
+_TEXTS = "none; a text tower instead"
 _AUGREG = "ImageNet-21k, supervised, 300 epochs (AugReg, Steiner et al. 2021)"
 _ORIGINAL = "ImageNet-21k, supervised (Dosovitskiy et al. 2021)"
 _HEAD_21K = "21,843 classes of the pre-training"
@@ -68,4 +72,10 @@ ZOO: dict[str, ZooEntry] = {
         "hf:timm/swin_base_patch4_window7_224.ms_in22k", "swin_b", _IMAGENET,
         "ImageNet-22k, supervised (Liu et al. 2021); what DTL adapts, with mean = std = 0.5",
         "21,841 classes of the pre-training"),
+    "clip_vit_b32.openai": ZooEntry(
+        "hf:timm/vit_base_patch32_clip_224.openai", "clip_vit_b32", _CLIP, _OPENAI, _TEXTS),
+    "clip_vit_b16.openai": ZooEntry(
+        "hf:timm/vit_base_patch16_clip_224.openai", "clip_vit_b16", _CLIP, f"{_OPENAI}; what LFA adapts", _TEXTS),
+    "clip_vit_l14.openai": ZooEntry(
+        "hf:timm/vit_large_patch14_clip_224.openai", "clip_vit_l14", _CLIP, _OPENAI, _TEXTS),
 }

@@ -64,11 +64,15 @@ TFDS_SET = dataclasses.replace(SETS[-1], name="domainnet_tfds", folders=(), size
 BUILDERS = tuple(Builder(f"domainnet/{domain}", "1.0.0") for domain in TFDS_SET.domains)
 
 
+def seed_hash(*parts) -> int:
+  """DomainBed's seed of several things: of (trial, index of the domain), say."""
+  return int(hashlib.md5(str(parts).encode()).hexdigest(), 16) % 2**31
+
+
 def halves(count: int, *seed: int) -> tuple[np.ndarray, np.ndarray]:
   """(out, in): DomainBed's cut of `count` files in ImageFolder's order; its seed is (trial, index of the domain)."""
-  digest = int(hashlib.md5(str(seed).encode()).hexdigest(), 16)
   rows = np.arange(count)
-  np.random.RandomState(digest % 2**31).shuffle(rows)  # the legacy generator, whose stream numpy has frozen
+  np.random.RandomState(seed_hash(*seed)).shuffle(rows)  # the legacy generator, whose stream numpy has frozen
   return rows[:int(count * OUT)], rows[int(count * OUT):]
 
 

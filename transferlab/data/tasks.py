@@ -55,6 +55,11 @@ class Split:
   def __len__(self) -> int:
     return len(self.keys)
 
+  @property
+  def domain_count(self) -> int:
+    """Number of domains that it has images of, 1 if it does not tell domains apart."""
+    return 1 if self.domains is None else len(set(self.domains.tolist()))
+
   def select(self, rows: Iterable[int], name: str | None = None) -> "Split":
     """The examples at `rows`, in that order, under `name` (default: this split's name)."""
     rows = np.asarray(rows, dtype=np.int64).reshape(-1)

@@ -101,10 +101,10 @@ def make_heads_scores(method: Method, backbone, preprocessing, domains: int):
     return jnp.sum(jnp.where(counts, each[:, None], 0.0), axis=0)                                          # [G, 3]
 
   def one(trainable, state, head, frozen, batch):
-    context = Context(state=state, frozen=frozen, vary=head["vary"])
+    weight = batch["weight"] * (batch["fold"] == head["fold"]) if "fold" in batch else batch["weight"]
+    context = Context({"weight": weight}, state, frozen, vary=head["vary"])
     outputs = forward(method, backbone, trainable, inputs_of(batch, preprocessing), context)
     members = {"": outputs.logits, **(method.members(outputs) if method.members else {})}
-    weight = batch["weight"] * (batch["fold"] == head["fold"]) if "fold" in batch else batch["weight"]
     # An ordered dict leaves a program as it is, a dict sorted by its keys.
     return OrderedDict((member, (sums(logits, batch, weight), logits)) for member, logits in members.items())
 

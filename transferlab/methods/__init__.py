@@ -8,6 +8,10 @@ from transferlab.method import Method
 from transferlab.methods.adapter import adapter
 from transferlab.methods.adaptformer import adaptformer
 from transferlab.methods.bitfit import bitfit
+from transferlab.methods.clip_adapter import clip_adapter
+from transferlab.methods.clip_linear import clip_linear
+from transferlab.methods.coop import coop
+from transferlab.methods.dpl import dpl
 from transferlab.methods.dtl import dtl, dtl_plus, dtl_plus_star
 from transferlab.methods.fact import fact_tk, fact_tt
 from transferlab.methods.full import full
@@ -16,12 +20,16 @@ from transferlab.methods.head2toe_ft import head2toe_ft
 from transferlab.methods.head2toe_given import head2toe_given
 from transferlab.methods.head2toe_layers import head2toe_layers
 from transferlab.methods.inca import inca, open_inca
+from transferlab.methods.lfa import lfa
 from transferlab.methods.linear import linear
 from transferlab.methods.lora import lora
 from transferlab.methods.lst import lst
+from transferlab.methods.maple import maple
+from transferlab.methods.miro import miro
 from transferlab.methods.mlp3 import mlp3
 from transferlab.methods.noah import noah
 from transferlab.methods.noah_search import noah_search
+from transferlab.methods.qlora import qlora
 from transferlab.methods.scratch import scratch
 from transferlab.methods.ssf import ssf
 from transferlab.methods.vpt import vpt_deep, vpt_shallow
@@ -34,7 +42,9 @@ METHODS = {"linear": linear, "mlp3": mlp3, "full": full, "bitfit": bitfit, "lora
            "head2toe_layers": head2toe_layers, "head2toe_given": head2toe_given, "lst": lst,
            "adapter": adapter, "adaptformer": adaptformer, "fact_tt": fact_tt, "fact_tk": fact_tk,
            "noah": noah, "noah_search": noah_search, "scratch": scratch, "ssf": ssf,
-           "vpt_shallow": vpt_shallow, "vpt_deep": vpt_deep}
+           "vpt_shallow": vpt_shallow, "vpt_deep": vpt_deep,
+           "zero_shot": zero_shot, "clip_linear": clip_linear, "lfa": lfa, "clip_adapter": clip_adapter,
+           "coop": coop, "maple": maple, "dpl": dpl, "qlora": qlora, "miro": miro}
 
 # What a backbone must have, in words and as a test of its spec. Most of these methods work inside attention or beside
 # an MLP; batch statistics never train, so a network from random weights would have none.
@@ -42,9 +52,12 @@ _BLOCKS = ("transformer blocks", lambda spec: bool(spec.heads))
 _EQUAL_PIECES = ("transformer blocks whose MLP is a multiple of their width",
                  lambda spec: bool(spec.heads) and not spec.block(0).mlp_width % spec.block(0).width)
 _ONE_ATTENTION = ("attention over all tokens at once", lambda spec: spec.family == "vit")
-_CLIP_OR_BLOCKS = (_BLOCKS[0], lambda spec: spec.family in ("vit", "clip"))  # of a CLIP it wants the projections, too
+# Of a CLIP it wants the projections, too.
+_CLIP_OR_BLOCKS = ("a plain ViT, alone or in a CLIP", lambda spec: spec.family in ("vit", "clip"))
 _CLIP = ("an image and a text tower, as a CLIP has", lambda spec: spec.family == "clip")
-NEEDS = {"adapter": _BLOCKS, "adaptformer": _BLOCKS, "fact_tt": _EQUAL_PIECES, "fact_tk": _EQUAL_PIECES,
+NEEDS = {"zero_shot": _CLIP, "clip_linear": _CLIP, "lfa": _CLIP, "clip_adapter": _CLIP, "coop": _CLIP, "maple": _CLIP,
+         "dpl": _CLIP, "qlora": _CLIP_OR_BLOCKS, "miro": _CLIP_OR_BLOCKS,
+         "adapter": _BLOCKS, "adaptformer": _BLOCKS, "fact_tt": _EQUAL_PIECES, "fact_tk": _EQUAL_PIECES,
          "ssf": _BLOCKS, "vpt_shallow": _BLOCKS, "vpt_deep": _BLOCKS,
          "noah": _ONE_ATTENTION, "noah_search": _ONE_ATTENTION, "lora": _BLOCKS, "dtl": _BLOCKS,
          "dtl_plus": _BLOCKS, "dtl_plus_star": _BLOCKS,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transferlab import backbones
+from transferlab import backbones, prompts
 from transferlab.backbones import Towers
 from transferlab.method import Prompts, Read
 
@@ -17,19 +17,18 @@ CHUNK = 128       # texts that run through the tower at once where that is done 
 
 
 def class_prompts(spec, templates: tuple) -> Prompts:
-  """The texts of every class, {SLOT: [C T strings]}."""
-  def strings(names) -> dict:
-    return {SLOT: [template.replace("{}", name.replace("_", " ")) for name in names for template in templates]}
-  return Prompts(strings, spec.context)
+  """The texts of every class, {SLOT: [C T strings]}; raises what `prompts.fill` does."""
+  return Prompts(lambda names: {SLOT: prompts.fill(templates, names)}, spec.context)
 
 
 def cut(ids):
   """Ids [P, T] without what stands behind the end of the longest text, which changes nothing, the attention being
-  causal: class prompts are some 10 tokens of 77. Traced ids, whose ends are not known, stay as long as they are."""
-  if isinstance(ids, jax.core.Tracer):
+  causal: class prompts are some 10 tokens of 77. Ids whose ends are not known, traced ones and the zeros that stand for
+  texts where only shapes matter, stay as long as they are."""
+  if isinstance(ids, jax.core.Tracer) or not np.any(ids):
     return ids
   ids = np.asarray(ids)
-  return ids[:, :int(ids.argmax(axis=-1).max(initial=0)) + 1]
+  return ids[:, :int(ids.argmax(axis=-1).max()) + 1]
 
 
 def collect_nothing(frozen, ids):

@@ -76,7 +76,8 @@ def lst(spec, *, reduction: int = 8, init: str = "pruned", readout: str = "cls",
   return Method(
       name="lst", options={"reduction": reduction, "init": init, "readout": readout, "layers": layers}, init=start,
       finish=finish, readout=lambda trainable, features, carry, ctx: classifier.apply(trainable["classifier"], carry),
-      reads={"embed": Read("embed"), **{name: Read(f"{name}/out") for name in names}}, writes_from=spec.depth)
+      reads={"embed": Read("embed_norm" if spec.embed_norm else "embed"),
+             **{name: Read(f"{name}/out") for name in names}}, writes_from=spec.depth)
 
 
 def _check(spec, reduction: int, init: str, readout: str, layers: tuple) -> None:

@@ -28,8 +28,8 @@ def ssf(spec) -> Method:
 
   Trainable: {"ssf": {"patch": {"scale": [D], "bias": [D]}, "block_00": {"ln1": …, "qkv": …, "proj", "ln2", "fc1",
   "fc2"}, …, "norm": …}, "classifier"}: 205,824 numbers on ViT-B/16 without the classifier, 267,264 on Swin-B, where
-  "patch_norm" has a pair as well. Scales are normal around 1, shifts around 0, of std 0.02: training starts near the
-  frozen model. The names spare them from weight decay, as the original does. Merges.
+  "patch_norm" has a pair as well, as has CLIP's "embed_norm". Scales are normal around 1, shifts around 0, of std 0.02:
+  training starts near the frozen model. The names spare them from weight decay, as the original does. Merges.
   """
   layers = _layers(spec)
 
@@ -57,6 +57,8 @@ def ssf(spec) -> Method:
       changes[weight] = leaves[weight] * scale                                   # [D], or columns of [D, D']
       if bias in leaves:
         changes[bias] = leaves[bias] * scale + pairs[f"{layer}/bias"]
+      elif layer == "patch":  # without a bias the shift goes where patches have their positions
+        changes["pos"] = leaves["pos"].at[:, spec.prefix_tokens:].add(pairs["patch/bias"])
     return changes
 
   def weights(trainable, frozen):
@@ -77,6 +79,8 @@ def _layers(spec) -> dict:
   found = {"patch": (both, spec.block(0).width)}
   if spec.family == "swin":
     found["patch_norm"] = (both, spec.block(0).width)
+  elif spec.embed_norm:
+    found["embed_norm"] = (both, spec.width)
   for i in range(spec.depth):
     D, block = spec.block(i).width, f"block_{i:02d}"
     found |= {f"{block}/{name}": (both, D) for name in ("ln1", "proj", "ln2", "fc2")}
@@ -86,7 +90,7 @@ def _layers(spec) -> dict:
 
 
 def _is_norm(layer: str) -> bool:
-  return layer.rsplit("/", 1)[-1] in ("patch_norm", "ln1", "ln2", "norm")
+  return layer.rsplit("/", 1)[-1] in ("patch_norm", "embed_norm", "ln1", "ln2", "norm")
 
 
 def _parameters(layer: str) -> tuple[str, str]:

@@ -1,4 +1,5 @@
 """Zero-shot CLIP (Radford et al. 2021): an image belongs to the class whose prompt is nearest. Nothing trains."""
+from transferlab import prompts
 from transferlab.method import Method
 from transferlab.methods import clip_text as ct
 
@@ -13,7 +14,7 @@ def zero_shot(spec, *, templates: str | tuple = "a photo of a {}.") -> Method:
 
   Trainable: {}. State: {"prompts": ids [C T, context]}.
   """
-  each = (templates,) if isinstance(templates, str) else templates
+  each = prompts.templates(templates)
 
   def prepare(frozen, state):
     texts, _ = ct.encode(spec, frozen, state[ct.SLOT])                  # [C T, d]

@@ -6,7 +6,7 @@ hyper-parameters.
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from transferlab.papers import dtl, dtl_costs, dtl_figures, head2toe
+from transferlab.papers import dtl, dtl_costs, dtl_figures, head2toe, lfa, lfa_costs
 from transferlab.papers.table import Table
 from transferlab.tree import nearest
 
@@ -23,9 +23,12 @@ TABLES: dict[str, Callable[..., list[Table]]] = {
     "dtl/table6": dtl_costs.throughput,
     "dtl/figure1": dtl_figures.trade_off,
     "dtl/figure3": dtl_figures.few_shot,
+    "lfa/fewshot": lfa.few_shot,
+    "lfa/dg": lfa.domains,
+    "lfa/efficiency": lfa_costs.efficiency,
 }
-MEASURED = ("dtl/table2", "dtl/table3", "dtl/table6")  # they take measure=True
-DRAWN = ("dtl/figure1", "dtl/figure3")                 # they take out=
+MEASURED = ("dtl/table2", "dtl/table3", "dtl/table6", "lfa/efficiency")  # they take measure=True
+DRAWN = ("dtl/figure1", "dtl/figure3")                                   # they take out=
 
 
 def tables(name: str, rows: Sequence[dict] = (), *, split: str = "test", allow: Sequence[str] = (),

@@ -1,18 +1,20 @@
-"""Pretrained weights: files of Google, timm, Hugging Face, Microsoft and our own, as parameters of a backbone of ours.
+"""Pretrained weights: files of Google, timm, Hugging Face, Microsoft, OpenAI and our own, as parameters of ours.
 
     weights = load_weights("vit_formula64")                                   # bundled
     weights = load_weights("B_16.npz", architecture="vit_b16", image_size=384)
     weights = load_weights("hf:timm/vit_base_patch16_224.augreg_in21k")       # with the [hub] extra
+    weights = load_weights("ViT-B-16.pt")                                     # a CLIP
     features, _ = build(weights.spec).apply(weights.params, images)           # images as weights.preprocessing says
 
 Every file is read without torch and without pickle (`files.py`, `torch_files.py`), its layout recognised by names and
-its variant inferred from shapes (`layouts.py`, `resnets.py`, `swins.py`), its parameters renamed by tables that also
-serve the way back (`names.py`).
+its variant inferred from shapes (`layouts.py`, `resnets.py`, `swins.py`, `clips.py`), its parameters renamed by tables
+that also serve the way back (`names.py`).
 
 GELU: Google's own code computes the tanh form; timm, and with it most adaptation papers, runs the same files with the
 exact one. Exact is the default; `gelu="tanh"` gives what Google's code gives.
 """
 import dataclasses
+import functools
 import hashlib
 import logging
 from collections.abc import Callable
@@ -21,12 +23,14 @@ from typing import NamedTuple
 import numpy as np
 
 from transferlab import backbones
+from transferlab.backbones.clip_spec import CLIPSpec
 from transferlab.backbones.spec import Preprocessing, ResNetSpec, SwinSpec, ViTSpec
-from transferlab.backbones.weights import files, layouts, names, preprocess, resnets, swins, torch_files
+from transferlab.backbones.weights import clips, files, layouts, names, preprocess, resnets, swins, torch_files
 from transferlab.backbones.weights.export import export_timm, save_weights
 from transferlab.backbones.weights.files import WeightsError
 from transferlab.backbones.weights.origin import Origin, locate
 from transferlab.backbones.weights.positions import resample_positions
+from transferlab.tokenizer import Tokenizer, find as find_tokenizer
 from transferlab.tree import difference, flatten, unflatten
 
 __all__ = ["Weights", "WeightsError", "export_timm", "image_tower", "load_weights", "resample_positions",
@@ -48,8 +52,9 @@ class Weights(NamedTuple):
     source: where they came from, for logs; never an absolute path.
     hash: `weights_hash` of the parameters as loaded, before any resampling of positions.
     tokenizer: texts -> ids [n, T] int32 of a CLIP whose tokenizer is known, else None.
+    image_hash: of a CLIP, the `hash` of its image tower.
   """
-  spec: ViTSpec | ResNetSpec | SwinSpec
+  spec: ViTSpec | ResNetSpec | SwinSpec | CLIPSpec
   params: dict
   head: dict | None
   preprocessing: Preprocessing
@@ -57,24 +62,30 @@ class Weights(NamedTuple):
   source: str
   hash: str
   tokenizer: Callable | None = None
+  image_hash: str = ""
 
 
 def load_weights(source, *, architecture: str | None = None, image_size: int | None = None,
-                 preprocessing: Preprocessing | None = None, heads: int | None = None, gelu: str | None = None,
-                 groups: int | None = None, download: bool = False) -> Weights:
+                 preprocessing: Preprocessing | None = None, heads: int | tuple[int, int] | None = None,
+                 gelu: str | None = None, groups: int | None = None, download: bool = False, tokenizer=None,
+                 truncate: bool = False) -> Weights:
   """Loads pretrained weights.
 
   Args:
-    source: a zoo name, a .npz, .safetensors, .pth or .pt file, a folder of Hugging Face or timm (config.json,
-      model.safetensors or its shards, preprocessor_config.json), or "hf:owner/name", "hf:owner/name@revision".
+    source: a zoo name, a .npz, .safetensors, .pth or .pt file, a folder of Hugging Face, timm or open_clip
+      (config.json, model.safetensors or its shards, preprocessor_config.json), or "hf:owner/name",
+      "hf:owner/name@revision".
     architecture: what the file must be, e.g. "vit_b16"; None takes what it is.
     image_size: resolution to run at; another than the file's resamples the position table (`positions.py`). A Swin
       has none and takes any size at which its windows stay as they are.
     preprocessing: used instead of the one beside the weights.
-    heads: attention heads, where neither the file nor a known width tells them.
-    gelu: "erf" or "tanh" instead of the layout's form.
+    heads: attention heads, where neither the file nor a known width tells them; of a CLIP a pair, those of its image
+      and of its text tower.
+    gelu: "erf", "tanh" or "quick" instead of the layout's form.
     groups: of a ResNet's group norm, which no file tells; 32 if None, as in every published BiT.
     download: whether a zoo name may be fetched from the network; "hf:…" is a request to fetch in itself.
+    tokenizer: of a CLIP, its file or folder, see `tokenizer.Tokenizer`; None takes what lies beside the weights.
+    truncate: whether that tokenizer cuts texts that are too long instead of refusing them.
 
   Raises:
     WeightsError: no such source; a damaged, malicious or unknown file; another variant than asked for; parameters
@@ -82,7 +93,8 @@ def load_weights(source, *, architecture: str | None = None, image_size: int | N
   """
   origin = locate(source, download)
   try:
-    return _load(origin, architecture, image_size, preprocessing, heads, gelu, groups)
+    weights = _load(origin, architecture, image_size, preprocessing, heads, gelu, groups)
+    return weights._replace(tokenizer=_tokenizer(origin, weights.spec, tokenizer, truncate))
   except ValueError as error:
     named = str(error).startswith((origin.path.name, origin.source))
     raise WeightsError(str(error) if named else f"{origin.source}: {error}") from error
@@ -102,15 +114,27 @@ def _load(origin: Origin, wanted, image_size, preprocessing, heads, gelu, groups
   if preprocessing.image_size != spec.image_size:
     log.info("%s: made for %d px, runs at %d px", origin.name, spec.image_size, preprocessing.image_size)
     spec = spec.at_resolution(preprocessing.image_size)
-  if "pos" in params:
-    params["pos"] = resample_positions(params["pos"], spec.grid[0], spec.prefix_tokens)
+  tower = params.get("image", params)
+  image_hash = weights_hash(tower, spec.image) if spec.family == "clip" else ""
+  if "pos" in tower:
+    tower["pos"] = resample_positions(tower["pos"], spec.grid[0], spec.prefix_tokens)
   log.info("%s: %s, %s layout, %s; hash %s", origin.name, spec.name, layout.name, preprocessing.describe(), digest[:12])
   source = f"{origin.source} ({layout.source})" if layout.source else origin.source
-  return Weights(spec, params, head, preprocessing, origin.name, source, digest)
+  return Weights(spec, params, head, preprocessing, origin.name, source, digest, image_hash=image_hash)
+
+
+def _tokenizer(origin: Origin, spec, given, truncate: bool) -> Callable | None:
+  """A CLIP's: the one given, or what lies beside its weights, None if nothing does."""
+  if spec.family != "clip":
+    if given is not None or truncate:
+      raise WeightsError(f"tokenizer and truncate belong to a CLIP, and this is a {spec.name}; leave them out")
+    return None
+  where = find_tokenizer(origin.path.parent) if given is None else given
+  return where and functools.partial(Tokenizer(where, spec.vocabulary, spec.context), truncate=truncate)
 
 
 def _recognise(origin: Origin, asked: list, heads, gelu, groups):
-  """The layout and spec of the file, a ResNet's, a Swin's or a ViT's."""
+  """The layout and spec of the file, a ResNet's, a Swin's, a CLIP's or a ViT's."""
   arrays, metadata = _read(origin)
   if found := resnets.recognise(arrays, metadata, origin.config, groups):
     if heads or gelu:
@@ -119,6 +143,12 @@ def _recognise(origin: Origin, asked: list, heads, gelu, groups):
   if found := swins.recognise(arrays, metadata, origin.config, gelu):
     if heads or groups:
       raise WeightsError(f"heads and groups belong to other backbones, and this is a {found[1].name}; leave them out")
+    return found
+  torch = origin.path.suffix in torch_files.SUFFIXES
+  if found := clips.recognise(arrays, metadata, origin.config, origin.preprocessor, torch=torch, heads=heads, gelu=gelu,
+                              asked=next(iter(asked), None)):
+    if groups:
+      raise WeightsError(f"groups belongs to a ResNet with group norm, and this is a {found[1].name}; leave it out")
     return found
   if groups:
     raise WeightsError("groups belongs to a ResNet with group norm, and this is none; leave it out")
@@ -139,9 +169,11 @@ def with_logits(weights: Weights) -> Weights:
 
 
 def image_tower(weights: Weights) -> Weights:
-  """A CLIP's image tower, up to the norm of its class token: a ViT, for what needs no text."""
+  """A CLIP's image tower, up to the norm of its class token: a ViT, for what needs no text. Its hash is that of a file
+  with this tower alone, whatever resolution it runs at."""
   params, spec = weights.params["image"], weights.spec.image
-  return weights._replace(spec=spec, params=params, head=None, hash=weights_hash(params, spec), tokenizer=None)
+  return weights._replace(spec=spec, params=params, hash=weights.image_hash or weights_hash(params, spec),
+                          tokenizer=None, image_hash="")
 
 
 def weights_hash(params: dict, spec) -> str:
@@ -151,7 +183,7 @@ def weights_hash(params: dict, spec) -> str:
   """
   digest = hashlib.sha256(f"{spec.family} {spec.hidden}".encode())
   for name, value in sorted(flatten(params).items()):
-    value = np.ascontiguousarray(value, np.float32)
+    value = np.asarray(value, np.float32, order="C")
     digest.update(f"\n{name} {list(value.shape)}\n".encode())
     digest.update(value.data.cast("B") if value.size else b"")
   return digest.hexdigest()
@@ -177,6 +209,9 @@ def _check_variant(file: str, spec, asked):
   if spec.sizes != asked.sizes:
     name = layouts.variant(spec) if spec.family == "vit" else spec.name
     raise WeightsError(f"{file} is a {name} ({spec.sizes}); you asked for {asked.name} ({asked.sizes})")
+  if spec.name != asked.name and spec.name in backbones.ARCHITECTURES:  # CLIP's L/14 was trained at two resolutions
+    raise WeightsError(f"{file} is a {spec.name} for {spec.image_size} px; you asked for {asked.name}, for "
+                       f"{asked.image_size} px")
 
 
 def _convert(layout: layouts.Layout, spec) -> tuple[dict, dict | None]:
@@ -200,7 +235,7 @@ def _head(layout: layouts.Layout, spec):
   """The rules and shapes of the classifier a file has; a part without the others counts as missing."""
   if spec.family == "resnet" and spec.classes:  # it lies inside the backbone
     return {}, {}
-  rules = names.expand(names.HEADS[layout.name], 0)
+  rules = names.expand(names.HEADS.get(layout.name, ()), 0)
   shape = lambda name: getattr(layout.arrays.get(rules[name].foreign[0]) if name in rules else None, "shape", None)
   pre, bias = shape("pre_logits/bias"), shape("bias")
   if not any(shape(name) for name in rules):

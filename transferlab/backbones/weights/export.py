@@ -1,7 +1,8 @@
 """Weights written back: in timm's names, for others, and in ours.
 
 A timm export is a folder (`model.safetensors`, `config.json`) that `timm.create_model("local-dir:…")` opens, or one
-file with the same configuration in its header. Either way the file is whole or absent.
+file with the same configuration in its header. Either way the file is whole or absent. timm has no text towers: of a
+CLIP it gets the image tower, up to the norm of its class token.
 """
 import json
 import logging
@@ -20,7 +21,10 @@ _TIMM_NAMES = {  # timm needs a name it has registered; model_args then override
     "vit_ti16": "vit_tiny_patch16_224", "vit_s16": "vit_small_patch16_224", "vit_s32": "vit_small_patch32_224",
     "vit_b16": "vit_base_patch16_224", "vit_b32": "vit_base_patch32_224", "vit_b8": "vit_base_patch8_224",
     "vit_l16": "vit_large_patch16_224", "vit_l32": "vit_large_patch32_224", "vit_h14": "vit_huge_patch14_224",
-    "vit_g14": "vit_giant_patch14_224", "vit_gigantic14": "vit_gigantic_patch14_224"}
+    "vit_g14": "vit_giant_patch14_224", "vit_gigantic14": "vit_gigantic_patch14_224",
+    "clip_vit_b32": "vit_base_patch32_clip_224", "clip_vit_b16": "vit_base_patch16_clip_224",
+    "clip_vit_l14": "vit_large_patch14_clip_224", "clip_vit_l14_336": "vit_large_patch14_clip_336"}
+_TIMM_EPS = {False: 1e-6, True: 1e-5}  # by whether it is a CLIP's image tower
 _TIMM_ACTIVATIONS = {"erf": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
 
 
@@ -45,6 +49,9 @@ def export_timm(weights, path, spec: ViTSpec | None = None, head: dict | None = 
   spec, params, head, preprocessing = _parts(weights, spec, head, preprocessing)
   path = Path(path)
   file = path if path.suffix == ".safetensors" else path / "model.safetensors"
+  if spec.family == "clip":
+    log.warning("%s: timm's names hold its image tower alone, without text tower and projections", spec.name)
+    spec, params = spec.image, {n.removeprefix("image/"): v for n, v in params.items() if n.startswith("image/")}
   write = {"vit": _timm_vit, "resnet": _timm_resnet, "swin": swins.timm_arrays}[spec.family]
   arrays, num_classes = write(spec, params, head)
   config = timm_config(spec, num_classes, preprocessing)
@@ -69,10 +76,11 @@ def _timm_vit(spec, params: dict, head: dict | None):
   if head and "pre_logits" in head:
     log.warning("the head is left out: it has a tanh layer (pre_logits), which timm's ViT has not")
     head = None
-  if spec.norm_eps != 1e-6:
-    log.warning("timm builds this ViT with LayerNorm eps 1e-6; these weights use %g, which the configuration keeps",
-                spec.norm_eps)
-  rules = names.expand(names.timm("fc_norm" if spec.pool == "mean_before_norm" else "norm"), spec.depth)
+  if spec.norm_eps != (usual := _TIMM_EPS[spec.embed_norm]):
+    log.warning("timm builds this ViT with LayerNorm eps %g; these weights use %g, which the configuration keeps",
+                usual, spec.norm_eps)
+  norm = "fc_norm" if spec.pool == "mean_before_norm" else "norm"
+  rules = names.expand(names.timm(norm, spec.embed_norm), spec.depth)
   arrays = names.from_native(rules, params, spec.heads)
   arrays |= names.from_native(names.expand(names.HEADS["timm"], 0), head or {}, spec.heads)
   return arrays, len(head["bias"]) if head else 0
@@ -83,13 +91,15 @@ def timm_config(spec: ViTSpec, num_classes: int, preprocessing: Preprocessing | 
   if spec.family != "vit":
     return {"resnet": resnets, "swin": swins}[spec.family].timm_config(spec, num_classes, preprocessing)
   pooling = "token" if spec.pool == "cls" else "avg"
+  usual = "vit_base_patch16_clip_224" if spec.embed_norm else "vit_base_patch16_224"
   config = {
-      "architecture": _TIMM_NAMES.get(spec.name, "vit_base_patch16_224"),
+      "architecture": _TIMM_NAMES.get(spec.name, usual),
       "num_classes": num_classes, "num_features": spec.width, "global_pool": pooling,
       "model_args": {
           "img_size": spec.image_size, "patch_size": spec.patch_size, "embed_dim": spec.width, "depth": spec.depth,
           "num_heads": spec.heads, "mlp_ratio": layouts.mlp_ratio(spec.mlp_width, spec.width),
           "qkv_bias": spec.qkv_bias, "class_token": spec.class_token, "global_pool": pooling,
+          **({"pre_norm": True} if spec.embed_norm else {}),
           "fc_norm": spec.pool == "mean_before_norm", "act_layer": _TIMM_ACTIVATIONS[spec.gelu]},
       "transferlab": {"name": spec.name, "norm_eps": spec.norm_eps},
       "pretrained_cfg": {"num_classes": num_classes, "first_conv": "patch_embed.proj", "classifier": "head"}}

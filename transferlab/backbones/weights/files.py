@@ -163,7 +163,7 @@ def parse_json(text: str | bytes, what: str) -> dict:
 
 def write_safetensors(path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> Path:
   """Writes a `.safetensors` file whole or not at all: to a temporary file beside it, then renamed."""
-  arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+  arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
   return _write(path, lambda temporary: safetensors.numpy.save_file(arrays, temporary, metadata))
 
 

@@ -20,8 +20,8 @@ from transferlab.tree import flatten
 
 MAX_DEPTH = 256
 _GOOGLE_PREFIXES = ("", "params/", "opt/target/", "target/")
-_HF_GELUS = {"gelu": "erf", "gelu_python": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh",
-             "quick_gelu": "quick"}
+HF_GELUS = {"gelu": "erf", "gelu_python": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh",
+            "quick_gelu": "quick"}
 _TIMM_GELUS = {None: "erf", "gelu": "erf", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 _TIMM_HIDDEN = ("pool_include_prefix", "norm_layer", "block_fn", "attn_layer", "mlp_layer")
 UNSUPPORTED = {  # parts of names that belong to relatives of the plain ViT -> what they are
@@ -29,8 +29,8 @@ UNSUPPORTED = {  # parts of names that belong to relatives of the plain ViT -> w
     ".ls1.": "layer scale", "gamma_1": "layer scale", "layer_scale": "layer scale", "w12": "a SwiGLU MLP",
     "fc1_g": "a SwiGLU MLP", "reg_token": "register tokens", "register": "register tokens",
     "q_norm": "normalised queries", "dist_token": "a distillation token", "distillation": "a distillation token",
-    "norm_pre": "a norm before the blocks (CLIP)", "visual.": "a CLIP image tower", "img/": "two towers",
-    "vision_model": "a CLIP image tower", "decoder": "a decoder", "rel_pos": "relative positions",
+    "visual.": "a CLIP under names of its own", "vision_model": "a CLIP under names of its own", "img/": "two towers",
+    "decoder": "a decoder", "rel_pos": "relative positions",
     "relative_position": "relative positions",
     "conv_root": "a ResNet stem", "layer1.": "a ResNet"}
 
@@ -79,7 +79,7 @@ def stored(what: str):
     yield
   except WeightsError:
     raise
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
+  except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
     raise WeightsError(f"{what} stored with these weights cannot be used: {type(error).__name__}: {error}") from error
 
 
@@ -113,13 +113,14 @@ def _native(arrays, header: dict) -> Layout:
 
 
 def native(arrays, metadata: dict, family: str) -> tuple[Layout, object] | None:
-  """The layout and spec of a file of ours with a ResNet or a Swin; None if it holds another family, or is not ours."""
+  """The layout and spec of a file of ours with a ResNet, a Swin or a CLIP; None if it holds another family, or is not
+  ours."""
   header = parse_json(metadata.get("transferlab", "{}"), "the file's header")
   if not isinstance(header.get("spec"), dict) or header["spec"].get("family") != family:
     return None
   spec = configs.fill(FAMILIES[family][0], header["spec"], "spec")
-  if spec.depth > MAX_DEPTH:
-    raise WeightsError(f"the header names {spec.depth} blocks; expected at most {MAX_DEPTH}")
+  if (depth := max(spec.depth, getattr(spec, "text_depth", 0))) > MAX_DEPTH:
+    raise WeightsError(f"the header names {depth} blocks; expected at most {MAX_DEPTH}")
   preprocessing = Preprocessing.from_dict(header["preprocessing"])
   rules = tuple(names.Rule(name, (name,), names.SAME) for name in flatten(abstract_params(spec)))
   return Layout("native", arrays, rules, {}, lambda size: preprocessing, source=str(header.get("source", ""))), spec
@@ -154,24 +155,26 @@ def _timm(arrays, config: dict) -> Layout:
   if (activation := arguments.get("act_layer")) not in _TIMM_GELUS:
     raise WeightsError(f"timm's act_layer {activation!r} is not supported; expected gelu, gelu_tanh or quick_gelu")
   norm = "fc_norm" if "fc_norm.weight" in arrays else "norm"
-  facts = {"norm_eps": 1e-6, "gelu": _TIMM_GELUS[activation]}
+  clip = "norm_pre.weight" in arrays  # timm builds CLIP's image towers with torch's own eps
+  quick = "_clip_quickgelu_" in str(config.get("architecture")) and activation is None
+  facts = {"norm_eps": 1e-5 if clip else 1e-6, "gelu": "quick" if quick else _TIMM_GELUS[activation]}
   after = "cls" if pooling == "token" and "cls_token" in arrays else "mean"
   facts["pool"] = "mean_before_norm" if norm == "fc_norm" else after
   if "num_heads" in arguments:
     facts["heads"] = arguments["num_heads"]
   ours = config.get("transferlab") or {}  # what timm's configuration has no field for, by `export_timm`
   facts |= {name: kind(ours[name]) for name, kind in (("name", str), ("norm_eps", float)) if name in ours}
-  return Layout("timm", arrays, names.timm(norm), facts, lambda size: preprocess.from_timm(config, size))
+  return Layout("timm", arrays, names.timm(norm, clip), facts, lambda size: preprocess.from_timm(config, size))
 
 
 def _huggingface(arrays, prefix: str, config: dict, preprocessor: dict | None) -> Layout:
   if (kind := config.get("model_type", "vit")) != "vit":
     raise WeightsError(f"config.json describes a {kind!r}; expected model_type 'vit'{hint(arrays)}")
   activation = config.get("hidden_act", "gelu")
-  if activation not in _HF_GELUS:
-    raise WeightsError(f"hidden_act {activation!r} is not supported; expected one of {', '.join(_HF_GELUS)}")
+  if activation not in HF_GELUS:
+    raise WeightsError(f"hidden_act {activation!r} is not supported; expected one of {', '.join(HF_GELUS)}")
   # transformers writes only what differs from ViTConfig's defaults, so absent fields have those, not ours.
-  facts = {"norm_eps": float(config.get("layer_norm_eps", 1e-12)), "gelu": _HF_GELUS[activation], "pool": "cls"}
+  facts = {"norm_eps": float(config.get("layer_norm_eps", 1e-12)), "gelu": HF_GELUS[activation], "pool": "cls"}
   if config:
     facts["heads"] = config.get("num_attention_heads", 12)
   ignored = tuple(n for n in arrays if n.startswith(f"{prefix}pooler.") or n == f"{prefix}embeddings.mask_token")
@@ -193,13 +196,16 @@ def infer(layout: Layout, heads: int | None = None, gelu: str | None = None) -> 
   if depth > MAX_DEPTH:
     raise WeightsError(f"the file names block {depth - 1}; expected at most {MAX_DEPTH} blocks")
   facts = dict(layout.facts)
+  embed_norm, patch_bias = (any(r.native == name and r.foreign[0] in layout.arrays for r in layout.rules)
+                            for name in ("embed_norm/scale", "patch_bias"))
   heads = _heads(facts.get("heads"), heads, D, mlp)
   if not 0 < facts["norm_eps"] < 1:
     raise WeightsError(f"the configuration says LayerNorm eps {facts['norm_eps']}; expected a small positive number")
   class_token, side = _positions(layout)
   try:
     spec = ViTSpec("vit", side * patch, patch, D, depth, heads, mlp, class_token, facts["pool"], facts["norm_eps"],
-                   gelu or facts["gelu"], _find(layout, "block_{i:02d}/qkv/bias").at(0).foreign[0] in layout.arrays)
+                   gelu or facts["gelu"], _find(layout, "block_{i:02d}/qkv/bias").at(0).foreign[0] in layout.arrays,
+                   patch_bias or not embed_norm, embed_norm)
   except (TypeError, ValueError) as error:
     raise WeightsError(f"no ViT can be made of this: {error}") from error
   spec = dataclasses.replace(spec, name=facts.get("name") or variant(spec))
@@ -210,9 +216,11 @@ def infer(layout: Layout, heads: int | None = None, gelu: str | None = None) -> 
 
 
 def variant(spec: ViTSpec) -> str:
-  """The name of the architecture with these sizes, or one made of the sizes: "vit_w48_d3_p8"."""
-  return next((name for name, other in ARCHITECTURES.items() if other.sizes == spec.sizes),
-              f"vit_w{spec.width}_d{spec.depth}_p{spec.patch_size}")
+  """The name of the architecture with these sizes, or of the CLIP with this image tower, or one made of the sizes:
+  "vit_w48_d3_p8"."""
+  towers = {name: other.image if other.family == "clip" else other for name, other in ARCHITECTURES.items()}
+  return next((name for name, other in towers.items() if other.sizes == spec.sizes),
+              f"{'clip' if spec.embed_norm else 'vit'}_w{spec.width}_d{spec.depth}_p{spec.patch_size}")
 
 
 def mlp_ratio(mlp_width: int, width: int) -> float:

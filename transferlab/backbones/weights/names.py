@@ -62,17 +62,20 @@ def native() -> tuple[Rule, ...]:
   """Our own names, as `save_weights` writes them."""
   leaves = ["ln1/scale", "ln1/bias", "qkv/kernel", "qkv/bias", "proj/kernel", "proj/bias",
             "ln2/scale", "ln2/bias", "fc1/kernel", "fc1/bias", "fc2/kernel", "fc2/bias"]
-  names = ["patch_kernel", "patch_bias", "cls", "pos", "norm/scale", "norm/bias"]
+  names = ["patch_kernel", "patch_bias", "cls", "pos", "embed_norm/scale", "embed_norm/bias", "norm/scale", "norm/bias"]
   return _table((name, name, SAME) for name in names + [f"block_{{i:02d}}/{leaf}" for leaf in leaves])
 
 
-def timm(norm: str = "norm") -> tuple[Rule, ...]:
-  """timm's names; `norm` is "fc_norm" where the tokens are averaged before the final norm."""
+def timm(norm: str = "norm", embed_norm: bool = False) -> tuple[Rule, ...]:
+  """timm's names; `norm` is "fc_norm" where the tokens are averaged before the final norm. CLIP's image tower has an
+  `embed_norm` and no bias of patches."""
   block = lambda ours, theirs, weight: [(f"block_{{i:02d}}/{ours}/{'scale' if weight is SAME else 'kernel'}",
                                          f"blocks.{{i}}.{theirs}.weight", weight),
                                         (f"block_{{i:02d}}/{ours}/bias", f"blocks.{{i}}.{theirs}.bias", SAME)]
   return _table([
-      ("patch_kernel", "patch_embed.proj.weight", CONVOLUTION), ("patch_bias", "patch_embed.proj.bias", SAME),
+      ("patch_kernel", "patch_embed.proj.weight", CONVOLUTION),
+      *([("embed_norm/scale", "norm_pre.weight", SAME), ("embed_norm/bias", "norm_pre.bias", SAME)] if embed_norm else
+        [("patch_bias", "patch_embed.proj.bias", SAME)]),
       ("cls", "cls_token", SAME), ("pos", "pos_embed", SAME),
       *block("ln1", "norm1", SAME), *block("qkv", "attn.qkv", TRANSPOSED), *block("proj", "attn.proj", TRANSPOSED),
       *block("ln2", "norm2", SAME), *block("fc1", "mlp.fc1", TRANSPOSED), *block("fc2", "mlp.fc2", TRANSPOSED),
@@ -144,7 +147,7 @@ def to_native(rules: dict[str, Rule], arrays: dict[str, np.ndarray]) -> dict[str
 
   What is converted leaves `arrays`, so that a large file is not held twice.
   """
-  load = lambda rule: np.ascontiguousarray(rule.transform.load([arrays.pop(name) for name in rule.foreign]))
+  load = lambda rule: np.asarray(rule.transform.load([arrays.pop(name) for name in rule.foreign]), order="C")
   return {name: load(rule) for name, rule in rules.items()}
 
 

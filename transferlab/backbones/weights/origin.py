@@ -17,8 +17,9 @@ from transferlab.tree import nearest
 _PICKLES = (".bin", ".pkl", ".ckpt", ".tar")
 _REFUSED = f"it is a pickle, and reading one can run any code; {' and '.join(SUFFIXES)} are read. {CONVERT}"
 _KNOWN = (".npz", ".safetensors", *SUFFIXES)
-_WANTED = ["config.json", "preprocessor_config.json", "model.safetensors", "model.safetensors.index.json",
-           "model-*.safetensors"]
+_WITH_CONFIG = ("model.safetensors", "open_clip_model.safetensors")  # the hub's names for what has one beside it
+_WANTED = ["config.json", "open_clip_config.json", "preprocessor_config.json", "model.safetensors",
+           "model.safetensors.index.json", "model-*.safetensors", "tokenizer.json", "vocab.json", "merges.txt"]
 
 
 class Origin(NamedTuple):
@@ -58,23 +59,25 @@ def _from_file(path: Path) -> Origin:
     raise WeightsError(f"{path.name} is refused: {_REFUSED}")
   if path.suffix not in _KNOWN:
     raise WeightsError(f"{path.name}: the suffix {path.suffix!r} is unknown; expected {', '.join(_KNOWN)} or a folder")
-  if path.name == "model.safetensors":  # the name that the hub gives a file which has its configuration beside it
+  if path.name in _WITH_CONFIG:
     name = path.resolve().parent.name
-    return _from_folder(path.parent, name, name)
+    return _from_folder(path.parent, name, name, path.name)
   return Origin(path, {}, None, path.stem, path.name)
 
 
-def _from_folder(folder: Path, name: str, source: str) -> Origin:
+def _from_folder(folder: Path, name: str, source: str, chosen: str | None = None) -> Origin:
   files = sorted(p.name for p in folder.iterdir() if p.is_file())
   read = lambda file: read_json(folder / file) if file in files else None
   tensors = [f for f in files if f.endswith(".safetensors")] or [f for f in files if f.endswith(SUFFIXES)]
-  chosen = next((f for f in ("model.safetensors", "model.safetensors.index.json") if f in files), None)
+  chosen = chosen or next((f for f in ("model.safetensors", "model.safetensors.index.json") if f in files), None)
   chosen = chosen or (tensors[0] if len(tensors) == 1 else None)
   if chosen is None:
     pickles = [f for f in files if Path(f).suffix in _PICKLES]
     raise WeightsError(f"{folder.name}/ has no model.safetensors; it has {', '.join(files[:6]) or 'no files'}"
                        + (f". {pickles[0]} is refused: {_REFUSED}" if pickles else ""))
-  return Origin(folder / chosen, read("config.json") or {}, read("preprocessor_config.json"), name, source)
+  config = read("open_clip_config.json") if chosen.startswith("open_clip") else read("config.json")
+  config = config or read("open_clip_config.json") or {}
+  return Origin(folder / chosen, config, read("preprocessor_config.json"), name, source)
 
 
 def _from_zoo(name: str, download: bool) -> Origin:
@@ -91,9 +94,10 @@ def _from_zoo(name: str, download: bool) -> Origin:
     if download:
       raise
     raise WeightsError(
-        f"{name} is not on this machine. It is model.safetensors and config.json of {where}: "
+        f"{name} is not on this machine. It is {'open_clip_' * (entry.architecture or '').startswith('clip')}"
+        f"model.safetensors and the configuration beside it of {where}: "
         f"write hf:{where}, or pass download=True (--config.download=True); both need pip install 'transferlab[hub]'. "
-        "Or fetch the two into a folder and give the folder"
+        "Or fetch them into a folder and give the folder"
     ) from error
   return _from_folder(folder, name, entry.source)._replace(entry=entry)
 
@@ -104,9 +108,11 @@ def _hub(repository: str, download: bool) -> Path:
   except ImportError as error:
     raise WeightsError(f"hf:{repository} needs huggingface_hub: pip install 'transferlab[hub]'") from error
   repository, _, revision = repository.partition("@")
+  fetch = lambda *more: Path(huggingface_hub.snapshot_download(
+      repository, revision=revision or None, allow_patterns=[*_WANTED, *more], local_files_only=not download))
   try:
-    return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED,
-                                                  local_files_only=not download))
+    folder = fetch()
+    return folder if any(folder.glob("model*.safetensors*")) else fetch("open_clip_model.safetensors")
   except Exception as error:  # the hub's and its HTTP library's errors have no common base
     reason = (str(error) or type(error).__name__).splitlines()[0][:200]
     raise WeightsError(f"hf:{repository} could not be fetched ({type(error).__name__}: {reason}); check the name and "

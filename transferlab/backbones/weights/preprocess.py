@@ -10,6 +10,8 @@ Where a file says nothing, the convention of its layout is assumed, and the call
                 swin the same. DTL squashes with PIL's bicubic and has mean = std = 0.5 instead.
   bit           as google (big_transfer's evaluation, at a resolution that it chooses by data set).
   huggingface   ViTImageProcessor's defaults: squash bilinearly, mean = std = 0.5.
+  openai        bicubic, shorter side to S, centre crop, mean and std of CLIP's own images (openai/CLIP clip.py);
+                open_clip and huggingface_clip the same.
 """
 import math
 
@@ -17,11 +19,15 @@ from transferlab.backbones.spec import CROPS, PILLOW_FILTERS, Preprocessing
 from transferlab.backbones.weights.files import WeightsError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_CLIPS = ("openai", "open_clip", "huggingface_clip")
 _PIL_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # PIL.Image.Resampling, by value
 
 
 def assumed(layout: str, image_size: int) -> Preprocessing:
   """The convention of a layout, for files that carry none."""
+  if layout in _CLIPS:
+    return of_clip(image_size)
   if layout == "timm":
     return Preprocessing(image_size, "bicubic", "center", 0.9)
   if layout in ("timm_swin", "swin"):
@@ -67,6 +73,36 @@ def from_huggingface(config: dict, image_size: int) -> Preprocessing:
   elif config.get("do_center_crop") and cut != side(size):
     raise WeightsError(f"preprocessor_config.json squashes to {side(size)} and then cuts {cut}; pass preprocessing=")
   return Preprocessing(image_size, _PIL_FILTERS[code], crop, fraction, tuple(map(float, mean)), tuple(map(float, std)))
+
+
+def of_clip(image_size: int) -> Preprocessing:
+  """That of OpenAI's CLIP."""
+  return Preprocessing(image_size, "bicubic", "center", 1.0, CLIP_MEAN, CLIP_STD)
+
+
+def from_huggingface_clip(config: dict | None, image_size: int) -> Preprocessing | None:
+  """Of a `preprocessor_config.json` beside a CLIP; fields that it leaves out have CLIPImageProcessor's defaults, and a
+  size that is a number is of the shorter side. None without the file."""
+  if config is None:
+    return None
+  config = {"resample": 3, "do_center_crop": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "size": 224,
+            "crop_size": 224} | config
+  if not isinstance(config["size"], dict):
+    config["size"] = {"shortest_edge": config["size"]}
+  return from_huggingface(config, image_size)
+
+
+def from_open_clip(config: dict, image_size: int) -> Preprocessing | None:
+  """Of open_clip_config.json; what its `preprocess_cfg` leaves out is as in OpenAI's. None without any."""
+  config = config.get("preprocess_cfg")
+  if config is None:
+    return None
+  mode = config.get("resize_mode") or "shortest"
+  if mode not in ("shortest", "squash"):
+    raise WeightsError(f"open_clip's resize_mode {mode!r} is not supported; pass preprocessing=")
+  return Preprocessing(image_size, config.get("interpolation") or "bicubic", "center" if mode == "shortest" else mode,
+                       1.0, tuple(map(float, config.get("mean") or CLIP_MEAN)),
+                       tuple(map(float, config.get("std") or CLIP_STD)))
 
 
 def to_timm(preprocessing: Preprocessing) -> dict:

@@ -1,8 +1,9 @@
-"""State dicts of `torch.save` (`.pth`, `.pt`), read without torch and without unpickling anything.
+"""State dicts of `torch.save` and modules of `torch.jit.save` (`.pth`, `.pt`), read without torch, unpickling nothing.
 
-Such a file is an uncompressed zip archive: `data.pkl` says which tensors there are, see `torch_pickle.py`, and
-`data/0`, `data/1`, … are the numbers of their storages. What a tensor needs is compared with what its storage holds,
-and with the size of the file, before anything is read.
+Such a file is a zip archive: `data.pkl` says which tensors there are, see `torch_pickle.py`, and `data/0`, `data/1`, …
+are the numbers of their storages. Of a TorchScript archive, such as OpenAI's CLIP, nothing else is opened, its code,
+which is deflated, least of all. What a tensor needs is compared with what its storage holds, and with the size of the
+file, before anything is read.
 """
 import logging
 import math
@@ -13,10 +14,11 @@ import numpy as np
 
 from transferlab.backbones.weights import files
 from transferlab.backbones.weights.files import WeightsError
-from transferlab.backbones.weights.torch_pickle import CONVERT, Machine, Tensor
+from transferlab.backbones.weights.torch_pickle import CONVERT, Machine, Module, Tensor
 
 SUFFIXES = (".pth", ".pt")
 MAX_PROGRAM_BYTES = 4 << 20  # of data.pkl; 300 tensors take 40 kB
+MAX_NESTING = 64  # of TorchScript's modules; CLIP's are 6 deep
 _WRAPPERS = ("model", "state_dict")  # where checkpoints keep the state dict
 log = logging.getLogger(__name__)
 
@@ -25,7 +27,8 @@ def read_torch(path) -> dict[str, np.ndarray]:
   """Reads the state dict of a `.pth` or `.pt` file.
 
   Args:
-    path: a zip archive of `torch.save`, which holds {name: tensor}, or such a dict under "model" or "state_dict".
+    path: a zip archive of `torch.save`, which holds {name: tensor}, or such a dict under "model" or "state_dict"; or
+      one of `torch.jit.save`, whose tensors then have the names of a state dict.
 
   Returns:
     {name: array of the file's shape}, float32 for any float; integers and bools stay as they are.
@@ -76,14 +79,15 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
 
 def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
   if member.compress_type != zipfile.ZIP_STORED:  # so that nothing grows when it is read
-    raise WeightsError(f"{Path(archive.filename).name}: {member.filename} is compressed, which torch.save never does; "
-                       f"refused. {CONVERT}")
+    raise WeightsError(f"{Path(archive.filename).name}: {member.filename} is compressed, which torch never does with "
+                       f"it; refused. {CONVERT}")
   return archive.read(member)  # to its end, which is where zipfile compares the checksum
 
 
 def _state_dict(found, file: str) -> dict[str, Tensor]:
   """The dict of tensors in what a file holds."""
   named = lambda name: isinstance(name, str) and name.isprintable()
+  found = _tensors(found, file) if isinstance(found, Module) else found
   for _ in range(len(_WRAPPERS) + 1):
     if not isinstance(found, dict) or not found:
       break
@@ -98,6 +102,21 @@ def _state_dict(found, file: str) -> dict[str, Tensor]:
       log.info("%s: of its parts only %r is read; left out: %s", file, inner, ", ".join(left[:9]))
     found = found[inner]
   raise WeightsError(f"{file} holds no state dict, {{name: tensor}}. {CONVERT}")
+
+
+def _tensors(module: Module, file: str) -> dict[str, Tensor]:
+  """The tensors of a module and of those within, "visual.ln_pre.weight"; each module is looked into once."""
+  found, left, seen = {}, [("", module)], set()
+  while left:
+    prefix, module = left.pop()
+    if id(module) in seen:  # or one that holds itself would have no end
+      continue
+    seen.add(id(module))
+    if prefix.count(".") > MAX_NESTING:
+      raise WeightsError(f"{file} holds modules within modules, more than {MAX_NESTING} deep; refused as implausible")
+    found |= {prefix + name: value for name, value in module.items() if isinstance(value, Tensor)}
+    left += [(f"{prefix}{name}.", value) for name, value in module.items() if isinstance(value, Module)]
+  return found
 
 
 def _array(tensor: Tensor, data: bytes) -> np.ndarray:

@@ -1,11 +1,13 @@
-"""The program inside a file of `torch.save`, run without pickle: what it builds are dicts of inert records.
+"""The program inside a file of `torch.save` or `torch.jit.save`, run without pickle: it builds dicts of inert records.
 
 `data.pkl` is a program of pickle's stack machine. `Machine` knows the few operations that a state dict needs:
-containers, text, numbers, references to storages, and two calls that rebuild a tensor. No module is imported and
-nothing of the file's is called, so whatever else a file asks for can only be refused.
+containers, text, numbers, references to storages, two calls that rebuild a tensor, and objects of TorchScript, whose
+class (`__torch__.…`) is a name here and whose code is never read. No module is imported and nothing of the file's is
+called, so whatever else a file asks for can only be refused.
 """
 import math
 import pickletools
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -21,11 +23,16 @@ _GLOBALS = ("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch
 _VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _MAX_DIMENSIONS = 16
+_SCRIPTED = re.compile(r"__torch__(\.\w+)* \w+", re.ASCII)
 
 
 class Global(NamedTuple):
-  """One of `_GLOBALS`, without its module; a name and no more."""
+  """One of `_GLOBALS`, without its module, or "__torch__" for any class of TorchScript's; a name and no more."""
   name: str
+
+
+class Module(dict):
+  """The attributes of one of TorchScript's objects: tensors, modules and plain values."""
 
 
 class Storage(NamedTuple):
@@ -95,9 +102,10 @@ class Machine:
         self.stack.append(self.storage(self.pop()))
       case "REDUCE":
         self.stack.append(self.call(*self.take(2)))
-      case "BUILD":  # what torch hangs on an ordered dict: the versions of its modules
-        self.pop()
-        self.top(dict)
+      case "NEWOBJ" if self.take(2) == [Global("__torch__"), ()]:
+        self.stack.append(Module())
+      case "BUILD":  # attributes; those that torch hangs on an ordered dict are the versions of its modules
+        self.build(self.pop())
       case _:
         raise self.refused(f"needs the operation {name}")
 
@@ -142,8 +150,17 @@ class Machine:
       raise self.refused("has a dict whose keys are neither texts nor whole numbers")
     self.top(dict).update(zip(names, items[1::2], strict=True))
 
+  def build(self, attributes) -> None:
+    """Gives the object on top of the stack its attributes, if it is a module; a dict needs none."""
+    if isinstance(self.top(dict), Module):
+      if type(attributes) is not dict or not all(isinstance(name, str) for name in attributes):
+        raise self.refused("gives a module attributes without names")
+      self.top(Module).update(attributes)
+
   def name(self, asked: str) -> Global:
     """The record that stands for one of the few names a state dict may ask for."""
+    if _SCRIPTED.fullmatch(asked):
+      return Global("__torch__")
     if asked not in _GLOBALS:
       raise self.refused(f"asks for {asked.replace(' ', '.')[:80]!r} and could run code with it")
     return Global(asked.partition(" ")[2])
