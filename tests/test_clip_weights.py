@@ -1,6 +1,8 @@
 """CLIPs from files: every layout gives the same weights, configurations are read as their libraries do, relatives and
 damage are refused in a line; and what is written back loads again."""
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -297,6 +299,25 @@ def test_adapters_of_before_these_fields_are_still_accepted(tiny):
   check_backbone(adapter, plain)
   with pytest.raises(ValueError, match="differ in .*patch_bias True and False, embed_norm False and True"):
     check_backbone(adapter, image_tower(tiny))
+
+
+def test_the_hubs_copies_for_open_clip(tmp_path, tiny, monkeypatch):
+  """timm's copies of OpenAI's CLIPs have no model.safetensors; what has one is not fetched twice."""
+  asked = []
+  def snapshot_download(repository, allow_patterns, **options):
+    asked.append((repository, "open_clip_model.safetensors" in allow_patterns))
+    return tmp_path / repository
+  monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+  (tmp_path / "me").mkdir()
+  folder(tmp_path / "me" / "theirs", arrays_of(tiny, "openai"), OPEN_CONFIG, name="open_clip_model.safetensors")
+  (tmp_path / "me" / "theirs" / "config.json").write_text('{"architecture": "vit_base_patch32_clip_224"}')
+  folder(tmp_path / "me" / "hf", arrays_of(tiny, "huggingface_clip"), HF_CONFIG)
+  theirs, hf = load_weights("hf:me/theirs"), load_weights("hf:me/hf")
+  assert theirs.hash == hf.hash == tiny.hash and theirs.name == "theirs"
+  assert asked == [("me/theirs", False), ("me/theirs", True), ("me/hf", False)]
+  (tmp_path / "timm").mkdir()
+  (tmp_path / "me" / "theirs").rename(tmp_path / "timm" / "vit_base_patch32_clip_224.openai")
+  refused("is a clip_tiny_test", "clip_vit_b32.openai")
 
 
 # --- What is refused ------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_first_step_of_a_config(path, text, random_weights, tiny_spec, tiny_task
 
 def on_clip(random_weights, method, options):
   """(weights of a tiny CLIP, the options with which a method is no deeper than it is)."""
-  spec = dataclasses.replace(backbones.architecture("clip_tiny_test"), context=40)  # CoOp has 16 tokens before a name
+  spec = dataclasses.replace(backbones.architecture("clip_tiny_test"), depth=2, context=40)  # CoOp has 16 tokens
   weights = random_weights(spec)._replace(tokenizer=lambda texts: made_up_ids(spec, texts))
   return weights, {**options, "depth": 2} if method == "maple" else options
 

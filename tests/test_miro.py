@@ -92,8 +92,8 @@ def test_variances_start_at_a_tenth_and_the_backbone_at_the_frozen_one(original,
   assert jax.tree.map(jnp.shape, trainable) == jax.tree.map(jnp.shape, original[3])
 
 
-@pytest.mark.parametrize("depth, blocks", [(12, [3, 6, 9, 12]), (24, [6, 12, 18, 24]), (4, [1, 2, 3, 4]),
-                                           (3, [1, 2, 3]), (2, [1, 2]), (1, [1])])
+@pytest.mark.parametrize("depth, blocks", [(12, [3, 6, 9, 12]), (24, [6, 12, 18, 24]), (6, [2, 3, 5, 6]),
+                                           (4, [1, 2, 3, 4]), (3, [1, 2, 3]), (1, [1])])
 def test_blocks_at_every_quarter(depth, blocks):
   assert [i + 1 for i in quarters(depth)] == blocks
 

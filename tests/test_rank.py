@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from transferlab import analysis, backbones, cli, methods
+from transferlab.analysis import rank
 from transferlab.analysis.rank import effective_rank
 from transferlab.checkpoint import save_adapter
 from transferlab.method import classes
@@ -46,9 +47,10 @@ def run(weights, tiny_task, tmp_path_factory):
   return {"method": "lfa", "path": str(folder)}
 
 
-def test_layers_and_aggregate(weights, tiny_task, run, tmp_path):
+def test_layers_and_aggregate(weights, tiny_task, run, tmp_path, monkeypatch):
   """A row for every layer and tower; the projection's is that of CLIP's own vectors, and, values being projections at
   the start, that of the last layer's values; each tower's mixture has another."""
+  monkeypatch.setattr(rank, "BATCH", 4)  # the last batch is filled up
   written, remarks = analysis.figure("lfa/rank", [run], tmp_path, weights=weights, task=tiny_task, images=10)
   header, *rows = csv.reader(open(tmp_path / "lfa_rank_table.csv"))
   assert header[:5] == ["tower", "features", "layer", "vectors", "width"]

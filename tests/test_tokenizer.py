@@ -87,6 +87,7 @@ def test_words_digits_and_symbols_are_split_as_in_the_original(merges):
   assert encode("x'ſ") == ids("x</w>", "'", "Å", "¿</w>")  # a long s is an s without regard to case
   assert encode("ｄｏｇ") == ids("dog</w>")  # wide letters are mended
   assert encode("cat<|endoftext|>") == ids("cat</w>", SPECIAL[1])
+  assert SPECIAL[1] not in [list(vocab)[i] for i in encode("!<|endoftext|>")]  # part of a run of symbols
 
 
 def test_rows_are_start_text_end_and_zeros(merges):

@@ -137,7 +137,8 @@ LABELS, DOMAINS = [1, 2, 2, 3, 3], [0, 0, 2, 2, 2]
 
 
 def count(among=()):
-  return evaluate.evaluate(lambda images, weight: LOGITS[np.asarray(images)[:, 0]], Loader(LABELS, DOMAINS), 4, among=among)
+  found = lambda images, weight: LOGITS[np.asarray(images)[:, 0]]
+  return evaluate.evaluate(found, Loader(LABELS, DOMAINS), 4, among=among)
 
 
 def test_a_masked_evaluation_is_one_of_the_columns_that_are_left():

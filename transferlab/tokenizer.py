@@ -5,7 +5,8 @@
 
 Of a file only vocabulary and merges are taken. All that happens to a text before is the same for every file, and is
 OpenAI's: ftfy, HTML entities twice, spaces, lower case, a regular expression, bytes. Hugging Face's tokenizer.json
-describes less (no ftfy), which gives other ids for 9 of the 48 golden strings.
+describes less (no ftfy), which gives other ids for 9 of the 48 golden strings. What is a letter is for the `tokenizers`
+library to say, whose Unicode is older than that of the original's `regex`: of letters added since, ids may differ.
 
 Rows are filled up with 0, as OpenAI does, whatever a checkpoint pads with: the mask is causal and a text is read at its
 first end, so that what follows the end changes nothing.
@@ -24,9 +25,9 @@ SPECIAL = ("<|startoftext|>", "<|endoftext|>")  # the last two ids of a vocabula
 MERGES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt")  # OpenAI's file, as it is called everywhere
 MAX_BYTES = 64 << 20  # of a file, unpacked; the largest of CLIP's has 4 MB
 SUFFIX = "</w>"  # of a symbol that ends a word
-# Contractions, runs of letters, single digits, runs of what else is not a space; upper case is gone by then, but not
-# every letter that equals one without regard to case, such as the long s.
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+# Special tokens, contractions, runs of letters, single digits, runs of what else is not a space; upper case is gone by
+# then, but not every letter that equals one without regard to case, such as the long s.
+PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 def clean(text: str) -> str:
@@ -92,18 +93,25 @@ class Tokenizer:
     """The ids of one text, without start and end. As in OpenAI's, special tokens in it become their ids."""
     if not isinstance(text, str):
       raise ValueError(f"a text is {text!r}; expected a string")
-    return self._encoder.encode(clean(text)).ids
+    split, ids_of = self._parts
+    return [i for word, _ in split.pre_tokenize_str(clean(text)) for i in ids_of(word)]
 
   @functools.cached_property
-  def _encoder(self):
-    from tokenizers import AddedToken, Regex, Tokenizer as Encoder, models, pre_tokenizers
+  def _parts(self):
+    """(what splits a text into words, word -> ids)."""
+    from tokenizers import Regex, models, pre_tokenizers
     vocab, merges = read(self.path, self.vocabulary)
-    encoder = Encoder(models.BPE(vocab, merges, end_of_word_suffix=SUFFIX))
-    encoder.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), "removed", invert=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    encoder.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
-    return encoder
+    model = models.BPE(vocab, merges, end_of_word_suffix=SUFFIX)
+    as_symbols = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+    @functools.lru_cache(maxsize=1 << 16)
+    def ids_of(word: str) -> tuple[int, ...]:
+      if word in SPECIAL:
+        return (vocab[word],)
+      (symbols, _), = as_symbols.pre_tokenize_str(word)
+      return tuple(token.id for token in model.tokenize(symbols))
+
+    return pre_tokenizers.Split(Regex(PATTERN), "removed", invert=True), ids_of
 
 
 def shortened(text: str) -> str:

@@ -27,6 +27,7 @@ from transferlab.step import to_inputs
 
 TOWERS = {"image": "images", "text": "class names"}
 KINDS = {False: "as they are", True: "mean taken away"}
+BATCH = 64  # images at once
 
 
 class Features(NamedTuple):
@@ -123,7 +124,7 @@ def _carried(weights: Weights, preprocessing, method, trainable, state, split: d
     inputs = to_inputs(images, preprocessing)
     return forward(method, backbone, trainable, inputs, Context(state=state, frozen=frozen)).carry
   found = []
-  loader = data.eval_loader(split, preprocessing, batch_size=min(64, len(split)))
+  loader = data.eval_loader(split, preprocessing, batch_size=min(BATCH, len(split)))
   with Progress(len(split), f"layers of {split.name}") as progress:
     for batch in loader:
       carry = jax.device_get(run(trainable, state, frozen, batch["image"]))

@@ -9,8 +9,8 @@ def sweep(argv: list[str]) -> None:
   """Trains a grid of configurations, chooses one on validation, trains it with several seeds and tests it once each."""
   values = define(workdir=("", "folder for what the sweep leaves"),
                   config=("", "config file, its arguments after a colon; --config.KEY=value changes any key"),
-                  grid=("", "KEY=VALUE,VALUE;KEY+KEY=(VALUE,VALUE),(VALUE,VALUE);… of configuration keys, the joined ones "
-                            "varying together; by default the config file's own"),
+                  grid=("", "KEY=VALUE,VALUE;KEY+KEY=(VALUE,VALUE),(VALUE,VALUE);… of configuration keys, joined ones "
+                            "vary together; by default the config file's own"),
                   folds=(0, "parts of the training split that are held out in turn; 0 to choose on the val split"),
                   contiguous=(False, "folds are consecutive images, as in Head2Toe's protocol; else stratified"),
                   features=("", "folder of cached activations; same as --config.features"),

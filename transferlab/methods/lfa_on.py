@@ -20,13 +20,14 @@ from transferlab.tree import nearest
 
 # How each base trains: the few-shot table of the released configurations, for QLoRA their domain generalisation. Decay
 # is Dassl's default and meets every parameter.
-_COOP = {"name": "sgd", "weight_decay": 5e-4, "decay": (), "schedule": "coop"}
+_COOP = {"name": "sgd", "weight_decay": 5e-4, "decay": (), "schedule": "coop", "warmup": "1 epochs"}
 RECIPES = {
     "coop": {"duration": "200 epochs", "batch_size": 32, "optim": {**_COOP, "lr": 0.002, "momentum": 0.9}},
     "clip_adapter": {"duration": "40 epochs", "batch_size": 4, "optim": {**_COOP, "lr": 0.0035, "momentum": 0.1}},
     "maple": {"duration": "5 epochs", "batch_size": 4, "optim": {**_COOP, "lr": 0.0035, "momentum": 0.9}},
     "qlora": {"duration": "5001 steps", "batch_size": 32, "optim": {
-        "name": "sgd", "weight_decay": 0.0, "decay": (), "schedule": "constant", "lr": 0.001, "momentum": 0.1}}}
+        "name": "sgd", "weight_decay": 0.0, "decay": (), "schedule": "constant", "warmup": "0 steps", "lr": 0.001,
+        "momentum": 0.1}}}
 CHANGES = {"duration": str, "batch_size": int, "name": str, "lr": float, "momentum": float, "weight_decay": float,
            "schedule": str, "warmup": str, "clip": float}
 

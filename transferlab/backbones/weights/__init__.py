@@ -25,13 +25,14 @@ import numpy as np
 from transferlab import backbones
 from transferlab.backbones.clip_spec import CLIPSpec
 from transferlab.backbones.spec import Preprocessing, ResNetSpec, SwinSpec, ViTSpec
-from transferlab.backbones.weights import clips, files, layouts, names, preprocess, resnets, swins, torch_files
+from transferlab.backbones.weights import clips, files, layouts, preprocess, resnets, swins, torch_files
+from transferlab.backbones.weights.convert import convert
 from transferlab.backbones.weights.export import export_timm, save_weights
 from transferlab.backbones.weights.files import WeightsError
 from transferlab.backbones.weights.origin import Origin, locate
 from transferlab.backbones.weights.positions import resample_positions
 from transferlab.tokenizer import Tokenizer, find as find_tokenizer
-from transferlab.tree import difference, flatten, unflatten
+from transferlab.tree import flatten
 
 __all__ = ["Weights", "WeightsError", "export_timm", "image_tower", "load_weights", "resample_positions",
            "save_weights", "weights_hash", "with_logits"]
@@ -105,7 +106,7 @@ def _load(origin: Origin, wanted, image_size, preprocessing, heads, gelu, groups
   layout, spec = _recognise(origin, asked, heads, gelu, groups)
   for other in asked:
     _check_variant(origin.path.name, spec, other)
-  params, head = _convert(layout, spec)
+  params, head = convert(layout, spec)
   digest = weights_hash(params, spec)
   if origin.entry and origin.entry.hash and origin.entry.hash != digest:
     raise WeightsError(f"the hash is {digest[:16]}…; the zoo's {origin.name} has {origin.entry.hash[:16]}…: these are "
@@ -212,42 +213,6 @@ def _check_variant(file: str, spec, asked):
   if spec.name != asked.name and spec.name in backbones.ARCHITECTURES:  # CLIP's L/14 was trained at two resolutions
     raise WeightsError(f"{file} is a {spec.name} for {spec.image_size} px; you asked for {asked.name}, for "
                        f"{asked.image_size} px")
-
-
-def _convert(layout: layouts.Layout, spec) -> tuple[dict, dict | None]:
-  shapes = {name: leaf.shape for name, leaf in flatten(backbones.abstract_params(spec)).items()}
-  rules = {name: rule for name, rule in names.expand(layout.rules, spec.depth).items() if name in shapes}
-  expected = names.foreign_shapes(rules, shapes, spec.heads)
-  head_rules, head_expected = _head(layout, spec)
-  if problem := difference(layout.arrays, expected | head_expected):
-    relatives = layouts.hint(n for n in layout.arrays if n not in expected) if spec.family == "vit" else ""
-    raise WeightsError(f"the parameters are not those of a {spec.name} in {layout.name}'s layout: {problem}{relatives}")
-  if counters := [f"{n} {a.dtype}" for n, a in layout.arrays.items() if a.dtype != np.float32]:
-    raise WeightsError(f"expected floating-point parameters; found {', '.join(counters[:3])} (quantised files are not "
-                       "supported)")
-  if layout.ignored:
-    log.info("left out, as no backbone uses them here: %s", ", ".join(layout.ignored))
-  head = unflatten(names.to_native(head_rules, layout.arrays)) or None
-  return unflatten(names.to_native(rules, layout.arrays)), head
-
-
-def _head(layout: layouts.Layout, spec):
-  """The rules and shapes of the classifier a file has; a part without the others counts as missing."""
-  if spec.family == "resnet" and spec.classes:  # it lies inside the backbone
-    return {}, {}
-  rules = names.expand(names.HEADS.get(layout.name, ()), 0)
-  shape = lambda name: getattr(layout.arrays.get(rules[name].foreign[0]) if name in rules else None, "shape", None)
-  pre, bias = shape("pre_logits/bias"), shape("bias")
-  if not any(shape(name) for name in rules):
-    return {}, {}
-  width = pre[0] if pre else spec.width
-  outputs_first = layout.name.startswith(("timm", "huggingface", "swin"))
-  classes = bias[0] if bias else (shape("kernel") or (0,))[0 if outputs_first else -1]
-  shapes = {"kernel": (width, classes), "bias": (classes,)}
-  if any(shape(name) for name in rules if name.startswith("pre_logits")):
-    shapes |= {"pre_logits/kernel": (spec.width, width), "pre_logits/bias": (width,)}
-  rules = {name: rules[name] for name in shapes}
-  return rules, names.foreign_shapes(rules, shapes, spec.heads)
 
 
 def _preprocessing(origin: Origin, layout: layouts.Layout, spec, image_size, given) -> Preprocessing:
