@@ -251,6 +251,8 @@ def test_the_architecture_that_was_asked_for(tmp_path, tiny):
   refused("is a clip_tiny_test", file, architecture="clip_vit_b16")
   refused("is a clip_tiny_test", file, architecture="vit_tiny_test")
   refused("groups belongs to a ResNet", file, groups=4)
+  refused("you asked for attention heads (4, 2); the file has (2, 2)", file, heads=(4, 2))
+  assert load_weights(file, heads=(2, 2), gelu="erf").spec.gelu == "erf"
 
 
 # --- Written back ---------------------------------------------------------------------------------------------------

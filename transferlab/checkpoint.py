@@ -144,7 +144,7 @@ def load_adapter(path) -> Adapter:
 def _last_stage(method: Method, spec, class_names: list[str]):
   """(method, shapes of its trainable and state) of a method's last stage, which is the one that is saved."""
   while True:
-    init = lambda rng, frozen, stage=method: stage.init(rng, frozen, classes(stage, class_names))
+    init = lambda rng, frozen, stage=method: stage.init(rng, frozen, classes(stage, len(class_names)))
     shapes = jax.eval_shape(init, jax.random.key(0), backbones.abstract_params(spec))
     if method.then is None:
       return method, shapes

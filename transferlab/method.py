@@ -293,10 +293,15 @@ def classes(method: Method, names: Sequence[str] | int, tokenize: Callable | Non
 
   Args:
     names: of the classes, or their number C.
-    tokenize: texts -> ids [n, T]; without one all ids are 0, where only shapes matter.
+    tokenize: texts -> ids [n, T]. Of a mere number of classes only shapes matter, and all ids may be 0.
+
+  Raises:
+    ValueError: texts are wanted, of names, and there is no tokenizer.
   """
   if method.prompts is None:
     return names if isinstance(names, int) else len(names)
+  if tokenize is None and not isinstance(names, int):
+    raise ValueError(f"{method.name} reads class names as texts, and there is no tokenizer; load the weights with one")
   names = [f"class {i}" for i in range(names)] if isinstance(names, int) else names
   encode = tokenize or (lambda texts: np.zeros((len(texts), method.prompts.context), np.int32))
   return {slot: encode(texts) for slot, texts in method.prompts.strings(names).items()}

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import jax
 
-from transferlab import choice, data, devices, experiment, features, suite as suite_lib
+from transferlab import choice, data, devices, experiment, features, methods, suite as suite_lib
 from transferlab import grid as grid_lib
 from transferlab.checkpoint import versions
 from transferlab.choice import Candidate, Ledger
@@ -29,7 +29,7 @@ from transferlab.methods.over_sites import over_sites
 from transferlab.progress import say
 from transferlab.recipe import Recipe
 from transferlab.stage import criterion
-from transferlab.train import check_arguments, readable, request
+from transferlab.train import adapted, check_arguments, check_texts, readable, request
 
 WHERE = ("data", "data_dir", "backbone", "download", "features")  # where things lie is no part of what they are
 
@@ -121,16 +121,21 @@ class Sweep:
       how |= {"contiguous": contiguous, "fold_seed": self.recipe.seed}
       self.folds = data.folds(train.labels, folds, self.task.class_names, seed=self.recipe.seed, contiguous=contiguous)
     sources = [dataclasses.replace(point.experiment, method="") for point in points]
-    weights = {source: experiment.weights_of(source) for source in dict.fromkeys(sources)}
-    check_arguments(weights[sources[0]], self.task, self.tell)
+    loaded = {source: experiment.weights_of(source) for source in dict.fromkeys(sources)}
+    check_arguments(loaded[sources[0]], self.task, self.tell)
+    # Of a CLIP, methods adapt the whole or the image tower.
+    family = lambda source, point: methods.adapted(point.experiment.method, loaded[source].spec).family
+    sources = [(source, family(source, point)) for source, point in zip(sources, points)]
+    weights = {source: adapted(loaded[source[0]], point.experiment.method)
+               for source, point in dict(zip(sources, points)).items()}
     self.groups = grid_lib.group(points, [weights[source] for source in sources], len(self.task.class_names))
     for group in self.groups:
       self.check(group)
-    methods = {number: method for group in self.groups for number, method in group.methods.items()}
+    built = {number: method for group in self.groups for number, method in group.methods.items()}
     base = {source: request(each, "", {}, self.task, self.recipe, whole) for source, each in weights.items()}
     on = lambda recipe: f"{folds} {'contiguous' if contiguous else 'stratified'} folds of train" if folds else (
         f"{recipe.select} on val")
-    asked = [{**base[source], **how, "method": methods[number].name, "options": methods[number].options,
+    asked = [{**base[source], **how, "method": built[number].name, "options": built[number].options,
               "protocol": "; ".join(filter(None, (base[source]["protocol"], on(points[number].recipe)))),
               "recipe": dataclasses.asdict(points[number].recipe), "dtype": computed_in(points[number].recipe)}
              for number, source in enumerate(sources)]
@@ -192,6 +197,7 @@ class Sweep:
 
   def check(self, group: grid_lib.Group) -> None:
     """Raises `ValueError` where a group cannot train as it is asked to, from the cache or without."""
+    check_texts(group.sites[0], group.weights, self.task.class_names)
     recipe = self.points[next(iter(group.methods))].recipe
     if self.cached(group):
       features.check(group.sites[0], group.weights.spec, recipe)

@@ -91,7 +91,7 @@ def rank(rows: Sequence[dict], folder, allow: Sequence[str] = (), *, weights: We
 def _layers(weights: Weights, task: data.Task, split: data.Split) -> list[Features]:
   """The layers of a plain CLIP, and its projections; of texts if it has a tokenizer."""
   method = methods.build("lfa", weights.spec, templates=task.templates or "a photo of a {}.")
-  known = classes(method, task.class_names, weights.tokenizer)
+  known = classes(method, task.class_names if weights.tokenizer else len(task.class_names), weights.tokenizer)
   image, text = _carried(weights, weights.preprocessing, method, *method.init(jax.random.key(0), weights.params, known),
                          split)
   found = []

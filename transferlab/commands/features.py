@@ -26,7 +26,7 @@ def features(argv: list[str]) -> None:
   from transferlab.train import readable
   same = {name: values[name].value for name in ("augmentation", "drop_path", "views", "seed", "bad_images")}
   recipe = Recipe(dtype=values.compute, cache_dtype=values.dtype, **same)
-  shared = ("backbone", "image_size", "preprocessing", "logits", "download")
+  shared = ("backbone", "image_size", "preprocessing", "logits", "download", "method")
   weights = experiment.weights_of(experiment.Experiment(**{name: values[name].value for name in shared}))
   method = methods.build(values.method, weights.spec, **inform.options(values.options))
   features_lib.check(method, weights.spec, recipe)

@@ -63,7 +63,7 @@ def recognise(arrays: dict[str, np.ndarray], metadata: dict, config: dict, prepr
   """
   with layouts.stored("the configuration"):
     if "transferlab" in metadata:
-      return layouts.native(arrays, metadata, "clip")
+      return _native(arrays, metadata, heads, gelu)
     arrays = {name.removeprefix("module."): array for name, array in arrays.items()}  # of open_clip's parallel training
     if not any(name.startswith(("visual.", "vision_model.", "text_model.")) for name in arrays):
       return None
@@ -78,6 +78,16 @@ def recognise(arrays: dict[str, np.ndarray], metadata: dict, config: dict, prepr
     read = {HF: lambda size: preprocess.from_huggingface_clip(preprocessor, size), "openai": preprocess.of_clip,
             "open_clip": lambda size: preprocess.from_open_clip(config, size)}[whose]
     return Layout(whose, arrays, table(whose, spec), {}, read, ignored), spec
+
+
+def _native(arrays: dict, metadata: dict, heads, gelu: str | None):
+  """Of a file of ours, whose header knows everything."""
+  if (found := layouts.native(arrays, metadata, "clip")) is None:
+    return None
+  layout, spec = found
+  if heads not in (None, known := (spec.heads, spec.text_heads)):
+    raise WeightsError(f"you asked for attention heads {heads}; the file has {known}, of images and of texts")
+  return layout, dataclasses.replace(spec, gelu=gelu or spec.gelu)
 
 
 def _refuse_others(arrays: dict, config: dict) -> None:
