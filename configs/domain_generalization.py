@@ -6,7 +6,7 @@
 Suites: pacs, vlcs, office_home, terra_incognita, domainnet, with DomainBed's seeded 80/20 cut of every domain (`seed`
 is its trial), one batch of every training domain in each step, and the step chosen on the training domains' 20 %. The
 published runs take 5,000 steps, squash test images to a square, as here, and augment validation images, too. Methods
-that read class names as texts get "a photo of a {}", without a full stop.
+with the option `templates` get "a photo of a {}", without a full stop; the prompts of dpl, coop and maple have one.
 imagenet_shift: 16 images of every ImageNet class, tested on -V2, -Sketch, -A and -R.
 
 `protocol=paper` takes the published hyper-parameters for imagenet_shift on ViT-B/16, and those of LFA's comparison for

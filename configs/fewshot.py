@@ -7,7 +7,7 @@
 Published: 1, 2, 4, 8 and 16 shots (the default); seeds 0 to 2 of NOAH's lists, 1 to 3 of CoOp's draws. `seed` is that
 of the images and of the training. "fewshot/" chooses the step on val every 10 epochs, as DTL does; "coop/" takes the
 last step. A task without a slash is one of NOAH's. The rates are starting points. Methods that read class names as
-texts get CoOp's template of the data set, and its names of the classes.
+texts get CoOp's names of the classes, and those with the option `templates` its template of the data set.
 
 `protocol=paper` takes the published hyper-parameters, by data set and shots, for dtl and dtl_plus (110 epochs,
 drop-path 0, kernel 3; test images 256 x 256 pixels before the centre is cut), and NOAH's for lora and adapter (batches

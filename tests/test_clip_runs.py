@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from engine import colours, recipe
 
-from transferlab import backbones, serve, shared
+from transferlab import backbones, devices, serve, shared
 from transferlab.backbones.weights import image_tower
 from transferlab.heads import Head, train_heads
 from transferlab.features import loaders
+from transferlab.method import classes, predict, settled
 from transferlab.methods import METHODS, build
 from transferlab.optim import Optim
 from transferlab.testing import made_up_ids
@@ -49,6 +50,15 @@ def test_cached_runs_equal_streamed_ones(clip, tmp_path):
     np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+def test_what_of_a_run_is_in_bfloat16(clip):
+  """The backbone's own arrays; not its scalar, whose exponential is taken, nor what a method has made of them."""
+  frozen = {"image": clip.params["image"], "logit_scale": clip.params["logit_scale"],
+            "nf4": {"scales": np.ones(2, np.float32)}, "prompts": np.ones((2, 3), np.int32)}
+  found = jax.tree.map(lambda leaf: leaf.dtype.name, devices.cast(frozen, clip.params, "bfloat16"))
+  assert set(jax.tree.leaves(found.pop("image"))) == {"bfloat16"}
+  assert found == {"logit_scale": "float32", "nf4": {"scales": "float32"}, "prompts": "int32"}
+
+
 def test_parallel_heads_equal_single_runs(clip, tmp_path):
   task, how = colours(), recipe(optim=SGD, duration="2 epochs", select="last")
   del task.splits["test"]
@@ -77,6 +87,27 @@ def test_adapters_on_a_clip_share_a_pass(clip, tmp_path):
   found = together(images())
   for path in paths:
     np.testing.assert_allclose(found[path.parent.name], serve.load(path, clip)(images()), atol=1e-5)
+
+
+def test_what_several_tasks_keep_is_on_the_device_once():
+  kept = {"text": np.ones(3), "prompts": 5}
+  a, b = shared.put_once(({**kept, "mine": np.ones(3)}, kept))
+  assert a["text"] is b["text"] and a["mine"] is not a["text"] and isinstance(b["text"], jax.Array)
+  np.testing.assert_array_equal(b["text"], kept["text"])
+
+
+@pytest.mark.parametrize("method, options", [("coop", {"tokens": 2}), ("maple", {"depth": 2}), ("qlora", {"rank": 2})])
+def test_a_trained_method_predicts_without_its_text_tower(clip, method, options):
+  """What its texts come to is computed once, where a classifier is loaded, and predictions stay the same."""
+  built, backbone = build(method, SPEC, **options), backbones.build(SPEC)
+  trainable, state = built.init(jax.random.key(0), clip.params, classes(built, colours().class_names, clip.tokenizer))
+  trainable = jax.tree.map(lambda leaf: leaf + 0.1, trainable)
+  frozen = built.prepare(clip.params, state)
+  kept = settled(built, backbone, trainable, state, frozen)
+  assert "text" in frozen and "text" not in kept
+  run = jax.jit(lambda frozen, images: predict(built, backbone, trainable, state, frozen, images))
+  pixels = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+  np.testing.assert_allclose(run(kept, pixels), run(frozen, pixels), atol=1e-5)
 
 
 def test_what_a_clip_lacks_is_said(clip, tiny_weights):

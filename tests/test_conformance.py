@@ -257,6 +257,7 @@ ALIKE = ("zero_shot", "clip_linear", "clip_adapter")
 CLIP_VARIANTS = {
     "clip_linear/fewshot": Expected(options={"form": "fewshot", "dropout": 0.0}, identity=True, mergeable=False,
                                     size=lambda spec: spec.width * spec.embed_width),
+    "lfa/on_maple": CLIP["lfa"]._replace(options={"base": "maple", "base_options": (("depth", 2),)}, cost=None),
 }
 ON_IMAGE_TOWER = {
     name: expected._replace(cost=None, size=all_parameters if expected.size is everything else expected.size)

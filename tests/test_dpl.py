@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 
 from transferlab import backbones, methods, serve
 from transferlab.method import Context, classes, forward, predict, sizes
-from transferlab.methods.dpl import dpl
+from transferlab.methods.dpl import _mlp, dpl
 from transferlab.optim import Optim, make_optimiser
 from transferlab.testing import made_up_ids
 from transferlab.train import fit
@@ -171,6 +171,14 @@ def test_predictions_by_image_are_those_of_batches_of_one(predicted):
   close(predicted(how="image"), alone, 1e-5)
   close(predicted(how="image", weight=(1, 1, 1, 0, 0))[:3], alone[:3], 1e-5)
   assert np.abs(alone - predicted()).max() > 1e-2  # what a batch says of an image depends on the others
+
+
+def test_dropout_is_behind_every_layer_but_the_last():
+  """In training alone, of a draw of its own for each: two of three layers halve what is left, and double it."""
+  layers, x = {f"layer_{i}": {"kernel": jnp.eye(40), "bias": jnp.zeros(40)} for i in range(3)}, jnp.ones((100, 40))
+  found = np.array(_mlp(layers, x, 0.5, Context(rng=jax.random.key(0), train=True)))
+  assert np.unique(found).tolist() == [0, 4] and abs(np.mean(found == 4) - 0.25) < 0.03
+  np.testing.assert_array_equal(_mlp(layers, x, 0.5, Context()), x)
 
 
 def test_published_size():

@@ -13,8 +13,10 @@ from transferlab import backbones, data, experiment, grid, methods, optim
 from transferlab.data.domains import seed_hash
 from transferlab.data.templates import IMAGENET_ENSEMBLE, TEMPLATES
 from transferlab.method import classes
+from transferlab.methods import lfa_on
 from transferlab.optim import Optim, epoch_rates, make_optimiser, schedule
 from transferlab.papers import domainbed, recipes
+from transferlab.recipe import changed
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FEWSHOT, DG = f"{CONFIGS / 'fewshot.py'}", f"{CONFIGS / 'domain_generalization.py'}"
@@ -149,6 +151,19 @@ def test_every_recipe_makes_a_configuration_that_can_train():
     if jax.tree.leaves(trainable):
       made = optim.make_optimiser(recipe.optim, lambda step: 0.1, trainable)
       jax.eval_shape(made.init, trainable)
+
+
+def test_what_lfa_stands_on_trains_as_published():
+  """First stages have their recipe beside LFA; it is the one of the published runs of that method alone."""
+  assert lfa_on.RECIPES.keys() == {"coop", "clip_adapter", "maple", "qlora"}
+  for base, own in lfa_on.RECIPES.items():
+    config = dg(method=base) if base == "qlora" else few(method=base)
+    recipe = experiment.parse(config)[2]
+    changed_by_it = changed(recipe, own)
+    assert dataclasses.replace(changed_by_it, optim=recipe.optim) == recipe, base
+    unlike = {field.name for field in dataclasses.fields(Optim)
+              if getattr(changed_by_it.optim, field.name) != getattr(recipe.optim, field.name)}
+    assert unlike <= ({"decay"} if base == "qlora" else set()), base  # of a decay of 0
 
 
 # --- Prompts --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,9 @@ from transferlab import losses
 from transferlab.backbones import Backbone, Towers
 
 
+SETTLED = "text_features"  # among frozen parameters: what `settled` computed
+
+
 class Read(NamedTuple):
   """One activation a method reads: a site, and how it is reduced before anything trainable sees it.
 
@@ -86,6 +89,7 @@ class Method(NamedTuple):
     prepare: (frozen, state) -> frozen', what of the frozen parameters a run or a loaded adapter keeps. It is called
       once, on arrays, and may compute what is the same for all images, as features of the class prompts are.
     texts: (ctx) -> ids [P, T] that the text tower runs over in every step; None if it does not run.
+    fixed_texts: whether what it makes of them depends on no image, so that a trained method keeps it, see `settled`.
     weights: (trainable, frozen) -> frozen', parameters rewritten before the call.
     visit: (trainable, ctx) -> visitor of the forward pass; None for a method that only collects what it `reads`, whose
       carry then is {slot: reduced activation}.
@@ -126,6 +130,7 @@ class Method(NamedTuple):
   prompts: Prompts | None = None
   prepare: Callable = lambda frozen, state: frozen
   texts: Callable | None = None
+  fixed_texts: bool = False
   weights: Callable = lambda trainable, frozen: frozen
   visit: Callable | None = None
   carry: Any = ()
@@ -237,7 +242,8 @@ def forward(method: Method, backbone: Backbone | None, trainable, inputs, ctx: C
     _, seen = backbone.apply(ctx.frozen, inputs, record(*method.reference), {})
     ctx = ctx._replace(reference=seen)
   visit, carry = visitor(method, trainable, ctx)
-  texts = method.texts(ctx) if method.texts else None
+  known = ctx.frozen.get(SETTLED) if method.texts else None
+  texts = method.texts(ctx) if method.texts and known is None else None
   writes = backbone is not None and method.writes_from < backbone.spec.depth
   goes_on = not cached or writes or texts is not None
   if cached:
@@ -250,8 +256,25 @@ def forward(method: Method, backbone: Backbone | None, trainable, inputs, ctx: C
       visit = chain(drop_path(jax.random.fold_in(ctx.rng, 0), drop_path_rate, backbone.spec.depth), visit)
     features, carry = backbone.apply(method.weights(trainable, ctx.frozen), inputs, visit, carry, start=start,
                                      remat_from=method.writes_from if remat else None)
+  if known is not None:
+    features = Towers(features and features.image, known)
   carry = method.finish(trainable, carry, ctx)
   return Outputs(method.readout(trainable, features, carry, ctx), features, carry)
+
+
+def settled(method: Method, backbone: Backbone, trainable, state, frozen: dict) -> dict:
+  """What a trained method needs of the frozen parameters (as `Method.prepare` gives them) to predict: where it runs the
+  text tower in every step and to the same end, its features [P, d] instead of the tower."""
+  if not method.fixed_texts:
+    return frozen
+
+  def run(trainable, state, frozen):
+    ctx = Context(state=state, frozen=frozen)
+    visit, carry = visitor(method, trainable, ctx)
+    return backbone.apply(method.weights(trainable, frozen), Towers(None, method.texts(ctx)), visit, carry)[0].text
+
+  kept = {name: leaf for name, leaf in frozen.items() if name not in ("text", "text_projection")}
+  return {**kept, SETTLED: jax.jit(run)(trainable, state, frozen)}
 
 
 def _replayed(method: Method, visit, carry, activations: dict, dtype):

@@ -15,7 +15,7 @@ from transferlab.backbones.weights import Weights, export_timm, image_tower, loa
 from transferlab.checkpoint import Adapter, check_backbone, load_adapter
 from transferlab.evaluate import Evaluation, evaluate as count, make_predict
 from transferlab.files import atomic, write_json
-from transferlab.method import Method, classes
+from transferlab.method import Method, classes, settled
 from transferlab.methods import classifier as head_lib
 from transferlab.progress import Progress, say
 from transferlab.train import check_texts
@@ -146,9 +146,10 @@ def _of_head(weights: Weights, class_names, templates=None) -> Classifier:
 
 
 def _make(class_names, preprocessing, method, trainable, state, weights) -> Classifier:
-  frozen = jax.device_put(method.prepare(weights.params, state)) if method.frozen else {}
-  trainable = jax.device_put(trainable)
-  run = make_predict(method, backbones.build(weights.spec), preprocessing)
+  backbone, trainable = backbones.build(weights.spec), jax.device_put(trainable)
+  frozen = method.prepare(weights.params, state) if method.frozen else {}
+  frozen = jax.device_put(settled(method, backbone, trainable, state, frozen))
+  run = make_predict(method, backbone, preprocessing)
   return Classifier(class_names, preprocessing, method, trainable, state, weights, frozen,
                     lambda images, weight=None: run(trainable, state, frozen, images, weight))
 

@@ -21,7 +21,7 @@ from transferlab.backbones.spec import Preprocessing
 from transferlab.backbones.weights import Weights
 from transferlab.checkpoint import Adapter, check_backbone, load_adapter
 from transferlab.features import cacheable, reads_only
-from transferlab.method import Context, Method, collect, forward, needed
+from transferlab.method import Context, Method, collect, forward, needed, settled
 from transferlab.serve import in_batches, weights_of
 from transferlab.step import to_inputs
 
@@ -73,17 +73,31 @@ def load_many(adapters, weights=None) -> SharedClassifier:
                        "nothing of what it reads before, so that it cannot share a pass; serve it on its own. Those "
                        "that only read share one (linear, inca, …), those that write late its first blocks (dtl, …)")
   methods = {name: adapter.method for name, adapter in zip(names, found)}
-  run = make_predict(methods, backbones.build(weights.spec), found[0].preprocessing)
+  backbone = backbones.build(weights.spec)
+  run = make_predict(methods, backbone, found[0].preprocessing)
   heads = {name: (adapter.trainable, adapter.state) for name, adapter in zip(names, found)}
-  own = {name: needed(method, method.prepare(weights.params, heads[name][1]), weights.spec.depth, cached=True)
+  known = lambda method, trainable, state: settled(
+      method, backbone, trainable, state, method.prepare(weights.params, state))
+  own = {name: needed(method, known(method, *heads[name]), weights.spec.depth, cached=True)
          for name, method in methods.items() if method.prompts}
-  heads, own = jax.device_put((heads, own))
-  frozen = jax.device_put(weights.params if weights.spec.family != "clip" else {
-      name: leaf for name, leaf in weights.params.items() if name.startswith("image")})
+  frozen = weights.params if weights.spec.family != "clip" else {
+      name: leaf for name, leaf in weights.params.items() if name.startswith("image")}
+  heads, own, frozen = put_once((heads, own, frozen))
   read = {read.site for method in methods.values() for read in method.reads.values()}
   deepest = [site for site in backbones.sites(weights.spec) if site in read][-1]
   return SharedClassifier({name: adapter.class_names for name, adapter in zip(names, found)}, found[0].preprocessing,
                           weights, deepest, lambda images, weight=None: run(heads, frozen, images, own, weight))
+
+
+def put_once(tree):
+  """A pytree on the device; an array that it holds several times, as tasks do the text tower that they run, is there
+  once."""
+  there = {}
+  def put(leaf):
+    if id(leaf) not in there:
+      there[id(leaf)] = jax.device_put(leaf)
+    return there[id(leaf)]
+  return jax.tree.map(put, tree)
 
 
 def make_predict(methods: dict[str, Method], backbone: backbones.Backbone, preprocessing: Preprocessing) -> Callable:

@@ -84,7 +84,7 @@ class Tokenizer:
       if len(found) > self.context:
         if not truncate:
           raise ValueError(f"the text {shortened(text)} has {len(found)} tokens, start and end included; expected at "
-                           f"most {self.context}: shorten it, or have it cut with truncate=True")
+                           f"most {self.context}: shorten it, or have it cut with --truncate, in Python truncate=True")
         found = [*found[:self.context - 1], found[-1]]
       row[:len(found)] = found
     return ids

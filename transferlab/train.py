@@ -16,12 +16,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from transferlab import data, methods, search
 from transferlab import features as features_lib
 from transferlab.backbones.weights import Weights, image_tower
 from transferlab.checkpoint import load_adapter, save_adapter, versions
 from transferlab.method import Method, classes, sizes, stages
+from transferlab.methods.clip_text import SLOT
 from transferlab.progress import Progress, say
 from transferlab.recipe import Recipe, changed
 from transferlab.stage import Stage
@@ -112,7 +114,11 @@ def check_texts(method: Method, weights: Weights, class_names) -> None:
     raise ValueError(f"{method.name} reads class names as texts, and {weights.name} came without a tokenizer; give its "
                      "file or folder as tokenizer (--tokenizer=, --config.tokenizer=): tokenizer.json, vocab.json with "
                      "merges.txt, or OpenAI's bpe_simple_vocab_16e6.txt.gz")
-  classes(method, class_names, weights.tokenizer)
+  ids, seen = classes(method, class_names, weights.tokenizer).get(SLOT), {}
+  for name, row in zip(class_names, () if ids is None else np.reshape(ids, (len(class_names), -1))):
+    if (other := seen.setdefault(row.tobytes(), name)) != name:  # only cutting does that
+      raise ValueError(f"the texts of the classes {other!r} and {name!r} are the same once cut, and nothing could tell "
+                       "them apart; shorten the template or the names")
 
 
 def train_stages(first: Method, weights: Weights, task: data.Task, recipe: Recipe, folder: Workdir | None,

@@ -1,6 +1,7 @@
 """`transferlab eval` and `predict`: adapters in use, heads of weights, and CLIPs."""
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -77,19 +78,23 @@ def _of_weights(values: flags.FlagValues, task=None):
 
 
 def _class_names(text: str):
-  """Those of "dog,cat" or of a JSON file, None for none."""
+  """Those of "dog,cat", of a JSON list or of a file with one, None for none."""
   if not text:
     return None
-  path = Path(text)
-  if path.suffix != ".json" and not path.is_file():
-    return words(text)
+  listed = text.lstrip().startswith("[")
+  if not (listed or text.endswith(".json") or os.path.isfile(text)):
+    names = [name.strip() for name in text.split(",")]
+    if "" in names:
+      raise ValueError(f"--classes: class {names.index('')} has no name; expected one between all commas: dog,cat")
+    return names
+  where = "--classes" if listed else text
   try:
-    names = json.loads(Path(path).read_text())
+    names = json.loads(text if listed else Path(text).read_text())
   except (OSError, ValueError) as error:
-    raise ValueError(f"class names cannot be read from {path} ({error}); expected a JSON list, in the head's "
+    raise ValueError(f"class names cannot be read from {where} ({error}); expected a JSON list, in the head's "
                      "order") from None
   if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-    raise ValueError(f"{path} holds no list of strings; expected a JSON list of class names in the head's order")
+    raise ValueError(f"{where} holds no list of strings; expected a JSON list of class names in the head's order")
   return names
 
 
@@ -148,7 +153,7 @@ def _classifier(values: flags.FlagValues):
   from transferlab import serve
   if not values.adapter:
     return _of_weights(values)
-  paths = [values.adapter] if Path(values.adapter).is_file() else words(values.adapter)
+  paths = [values.adapter] if os.path.isfile(values.adapter) else words(values.adapter)
   if len(paths) < 2:
     return serve.load(values.adapter, values.backbone)
   from transferlab import shared

@@ -57,7 +57,8 @@ def coop(spec, *, tokens: int | None = None, position: str = "end", class_specif
 
   return Method(
       name="coop", options={"tokens": M, "position": position, "class_specific": class_specific, "words": words},
-      init=init, prompts=_prompts(spec, M, position, words), prepare=keep_texts, texts=texts_of, reads=reads, carry={},
+      init=init, prompts=_prompts(spec, M, position, words), prepare=keep_texts, texts=texts_of, fixed_texts=True,
+      reads=reads, carry={},
       visit=lambda trainable, ctx: chain(collect(reads, ctx.frozen), visitor(trainable, ctx.state, position)),
       readout=lambda trainable, features, carry, ctx: ct.cosine_logits(carry["image"], features.text,
                                                                       ctx.frozen["logit_scale"]),

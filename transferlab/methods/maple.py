@@ -54,7 +54,7 @@ def maple(spec, *, tokens: int = 2, depth: int = 9, words: str = "a photo of a")
   return Method(
       name="maple", options={"tokens": tokens, "depth": depth, "words": words}, init=init,
       prompts=ct.class_prompts(spec, (f"{words or ' '.join('X' * tokens)} {{}}.",)), prepare=keep_texts,
-      texts=texts_of, visit=lambda trainable, ctx: visitor(trainable), writes_from=0,
+      texts=texts_of, fixed_texts=True, visit=lambda trainable, ctx: visitor(trainable), writes_from=0,
       readout=lambda trainable, features, carry, ctx: ct.cosine_logits(features.image, features.text,
                                                                       ctx.frozen["logit_scale"]))
 

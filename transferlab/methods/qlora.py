@@ -110,7 +110,8 @@ def qlora(spec, *, rank: int = 4, alpha: float = 4.0, dropout: float = 0.25, tar
 
   options = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets, "base": base, "compute": compute,
              "templates": templates}
-  of_clip = {"prompts": ct.class_prompts(spec, each), "texts": texts_of, "readout": readout} if clip else {}
+  of_clip = {"prompts": ct.class_prompts(spec, each), "texts": texts_of, "fixed_texts": True,
+             "readout": readout} if clip else {}
   return Method(**{"name": "qlora", "options": options, "init": init, "prepare": prepare, "weights": weights,
                    "visit": visit, "readout": classifier.readout, "writes_from": 0, **of_clip})
 

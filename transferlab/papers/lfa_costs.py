@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transferlab import backbones, cost, devices, methods
+from transferlab import backbones, cost, data, devices, methods
 from transferlab.backbones.spec import Preprocessing
 from transferlab.method import classes, needed, sizes
 from transferlab.optim import Optim, make_optimiser
@@ -20,7 +20,7 @@ from transferlab.progress import Progress
 from transferlab.step import compile_step, make_step, start
 from transferlab.testing import made_up_ids
 
-BACKBONE, BATCH, DOMAINS, STEPS = "clip_vit_b16", 32, 3, 300
+BACKBONE, BATCH, STEPS = "clip_vit_b16", 32, 300
 DG = "a photo of a {}"
 METHODS = {"LinearProbing CLIP": ("clip_linear", {"form": "dg", "templates": DG}), "CLIP + DPL": ("dpl", {}),
            "CLIP + QLoRA": ("qlora", {"templates": DG}),
@@ -36,7 +36,7 @@ def efficiency(rows: Sequence[dict] = (), *, measure: bool = False, **options) -
     with Progress(len(printed) * len(known["classes"]), "measuring training steps") as progress:
       for name in printed:
         for each, count in known["classes"].items():
-          ours[name, each] = step(name, count, DOMAINS + (each == "DomainNet"))
+          ours[name, each] = step(name, count, len(data.SUITES[known["suites"][each]]) - 1)  # all but one train
           progress.update(1, f"{name}, {each}")
   tables = [parameters(rows)]
   for what, title, form in (("memory", "peak memory in MB", ".0f"), ("training", f"seconds of {STEPS} steps", ".0f"),

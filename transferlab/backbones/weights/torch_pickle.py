@@ -148,6 +148,8 @@ class Machine:
     names = items[::2]
     if len(items) % 2 or not all(isinstance(name, (str, int)) for name in names):
       raise self.refused("has a dict whose keys are neither texts nor whole numbers")
+    if isinstance(self.top(dict), Module):
+      raise self.refused("treats a module as a dict")
     self.top(dict).update(zip(names, items[1::2], strict=True))
 
   def build(self, attributes) -> None:
