@@ -61,7 +61,7 @@ class Experiment:
 LEARNING_RATES = {"linear": 1e-2, "mlp3": 3e-3, "full": 3e-5, "bitfit": 3e-3, "lora": 1e-3, "ssf": 5e-3, "dtl": 3e-3,
                   "dtl_plus": 3e-3, "dtl_plus_star": 3e-3, "inca": 3e-3, "open_inca": 3e-3, "all_features": 1e-2,
                   "head2toe": 1e-2, "head2toe_layers": 1e-2, "head2toe_given": 1e-2, "head2toe_ft": 1e-4,
-                  "miro": 5e-5}
+                  "miro": 5e-5, "coop": 1e-2, "clip_adapter": 1e-2, "maple": 3e-3, "dpl": 3e-3}
 LR_FACTORS = {"head2toe_ft": (("classifier/.*", 100.0),), "miro": (("variance/.*", 10.0),)}  # theirs is the backbone's
 # Of a recipe, what is told of every run, default or not.
 TOLD = ("duration", "batch_size", "optim/name", "optim/lr", "optim/schedule", "optim/warmup", "optim/weight_decay",
