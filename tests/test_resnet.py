@@ -172,10 +172,14 @@ TABLE = {"linear": Expected(identity=True, size=lambda spec: 0, mergeable=True, 
 CASES = {}
 
 
-@pytest.mark.parametrize("name", ["logits", "identity", "size", "gradient", "frozen", "writes_from", "isolation",
-                                  "save_load", "merged", "remat", "cost"])
-@pytest.mark.parametrize("method, backbone", [("linear", "tiny_v1"), ("full", "tiny_v1"), ("full", "tiny_bit"),
-                                              ("bitfit", "tiny_v2")])
+CHEAP = ("logits", "identity", "size", "writes_from", "isolation", "save_load", "merged")
+
+
+@pytest.mark.parametrize("method, backbone, name", [
+    pytest.param(method, backbone, name, marks=[pytest.mark.full] if late else [])
+    for method, backbone in (("linear", "tiny_v1"), ("full", "tiny_v1"), ("full", "tiny_bit"), ("bitfit", "tiny_v2"))
+    for name in (*CHEAP, "gradient", "frozen", "remat", "cost")
+    for late in [backbone == "tiny_bit" and name not in CHEAP]])
 def test_property(method, backbone, name):
   case = CASES.setdefault((method, backbone), Case(method, TINY[backbone], TABLE[method]))
   try:

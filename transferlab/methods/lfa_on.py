@@ -49,7 +49,10 @@ def base_of(spec, base: str, options: tuple, changes: tuple, templates: tuple) -
                        "the option 'templates'")
   elif len(templates) > 1:
     raise ValueError(f"there are {len(templates)} templates and {base} brings a prompt of its own; give one")
-  return methods.build(base, spec, **options)
+  try:
+    return methods.build(base, spec, **options)
+  except ValueError as error:
+    raise ValueError(f"base {base!r}: {error}; options of the base go into base_options, (('tokens', 4),)") from None
 
 
 def texts(spec, base: Method | None, frozen: dict, state: dict, make_visit) -> tuple[dict, dict]:
