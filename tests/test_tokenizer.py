@@ -152,7 +152,8 @@ def change(*path, value):
     ("bpe.txt", b"#version\nd o\n", "bpe.txt has 1 merges; expected 5 or more for 519 tokens"),
     ("bpe.txt.gz", gzip.compress(b"#version\nd o\n")[:-4], "bpe.txt.gz cannot be read"),
     ("bpe.txt.gz", b"\x1f\x8bnothing", "bpe.txt.gz cannot be read"),
-    ("bpe.txt.gz", gzip.compress(bytes(200_000)), "bpe.txt.gz unpacks to more than 120000 bytes; refused")])
+    ("bpe.txt.gz", gzip.compress(bytes(200_000)), "bpe.txt.gz unpacks to more than 120000 bytes; refused")],
+    ids=lambda value: value[:40] if isinstance(value, str) else "content")
 def test_bad_files_are_refused_in_a_line(tmp_path, monkeypatch, name, content, message):
   monkeypatch.setattr(tokenizer, "MAX_BYTES", 120_000)
   (tmp_path / name).write_bytes(content)
