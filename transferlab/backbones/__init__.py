@@ -54,6 +54,7 @@ def build(spec, dtype=jnp.float32) -> Backbone:
 
 
 def image_shape(spec) -> tuple[int, int, int]:
+  """[S, S, 3] of an image that a backbone takes."""
   return spec.image_size, spec.image_size, 3
 
 

@@ -19,6 +19,12 @@ def readout(trainable, features, carry, ctx):
   return apply(trainable["classifier"], features)
 
 
+def uniform(rng, shape, fan_in: int):
+  """Numbers as torch.nn.Linear starts a layer of `fan_in` inputs, uniform within 1 / sqrt(fan_in)."""
+  bound = fan_in ** -0.5  # Kaiming-uniform with a = sqrt(5)
+  return jax.random.uniform(rng, shape, minval=-bound, maxval=bound)
+
+
 def dropout(rng, rate: float, x, train: bool):
   """Inverted dropout; does nothing unless training."""
   if not train or not rate:

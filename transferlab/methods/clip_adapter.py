@@ -8,6 +8,7 @@ The original's bottleneck is a quarter of its ResNet's 1024; here it is of the j
 import jax
 
 from transferlab.method import Method
+from transferlab.methods import classifier
 from transferlab.methods import clip_text as ct
 from transferlab.methods import zero_shot as zs
 
@@ -33,8 +34,8 @@ def clip_adapter(spec, *, templates: str | tuple = "a photo of a {}.", ratio: fl
   def init(rng, frozen, classes):
     keys, inner = jax.random.split(rng), d // reduction
     shapes = {"down": (d, inner), "up": (inner, d)}
-    uniform = lambda key, shape: jax.random.uniform(key, shape, minval=-shape[0] ** -0.5, maxval=shape[0] ** -0.5)
-    return {"adapter": {name: uniform(key, shape) for key, (name, shape) in zip(keys, shapes.items())}}, dict(classes)
+    drawn = {name: classifier.uniform(key, shape, shape[0]) for key, (name, shape) in zip(keys, shapes.items())}
+    return {"adapter": drawn}, dict(classes)
 
   def readout(trainable, features, carry, ctx):
     images = blend(trainable["adapter"], carry["image"].astype("float32"), ratio)  # [B, d]

@@ -50,16 +50,12 @@ def init(rng, image, text, how: str = "random", rank: int | None = None) -> dict
     base = jnp.asarray(base, jnp.float32)
     if rank:
       down, up = jax.random.split(key)
-      return {"down": _linear(down, base.shape[0], rank), "up": _linear(up, rank, base.shape[1])}
-    return base if how == "clip" or name == "v" else _linear(key, *base.shape)
+      return {"down": classifier.uniform(down, (base.shape[0], rank), base.shape[0]),
+              "up": classifier.uniform(up, (rank, base.shape[1]), rank)}
+    return base if how == "clip" or name == "v" else classifier.uniform(key, base.shape, base.shape[0])
   keys = iter(jax.random.split(rng, 8))
   return {branch: {name: matrix(next(keys), name, image if branch == "image" else text) for name in names}
           for branch, names in MATRICES.items()}
-
-
-def _linear(rng, fan_in: int, width: int):
-  """[fan_in, width] as torch.nn.Linear starts."""
-  return jax.random.uniform(rng, (fan_in, width), minval=-fan_in ** -0.5, maxval=fan_in ** -0.5)
 
 
 def _projection(trainable: dict, base: dict | None, rng):

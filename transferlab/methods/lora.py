@@ -51,8 +51,7 @@ def lora(spec, *, rank: int = 8, form: str = "qv", scale: float = 1.0, dropout: 
     rng_a, rng_b = jax.random.split(rng)
     if compat == "noah":
       return {"a": 0.02 * jax.random.normal(rng_a, (D, rank)), "b": 0.02 * jax.random.normal(rng_b, (rank, width))}
-    bound = D ** -0.5  # Kaiming-uniform with a = sqrt(5), fan-in D
-    return {"a": jax.random.uniform(rng_a, (D, rank), minval=-bound, maxval=bound), "b": jnp.zeros((rank, width))}
+    return {"a": classifier.uniform(rng_a, (D, rank), D), "b": jnp.zeros((rank, width))}
 
   def init(rng, frozen, num_classes):
     rng_head, rng = jax.random.split(rng)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transferlab.method import Method
+from transferlab.methods import classifier
 from transferlab.methods import clip_text as ct
 from transferlab.methods.coop import keep_texts, texts_of
 
@@ -91,8 +92,8 @@ def _image(y, own: dict, keep: int):
 def _linear(rng, width: int, features: int) -> dict:
   """A linear map as torch starts one."""
   rng_kernel, rng_bias = jax.random.split(rng)
-  draw = lambda key, shape: jax.random.uniform(key, shape, minval=-width ** -0.5, maxval=width ** -0.5)
-  return {"kernel": draw(rng_kernel, (width, features)), "bias": draw(rng_bias, (features,))}
+  return {"kernel": classifier.uniform(rng_kernel, (width, features), width),
+          "bias": classifier.uniform(rng_bias, (features,), width)}
 
 
 def _check(spec, tokens: int, depth: int, words: str) -> None:

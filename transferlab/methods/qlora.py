@@ -122,8 +122,7 @@ def _shape(target: str, D: int, hidden: int) -> tuple[int, int]:
 
 
 def _pair(rng, rank: int, I: int, O: int) -> dict:
-  bound = I ** -0.5  # Kaiming-uniform with a = sqrt(5), fan-in I
-  return {"a": jax.random.uniform(rng, (I, rank), minval=-bound, maxval=bound), "b": jnp.zeros((rank, O))}
+  return {"a": classifier.uniform(rng, (I, rank), I), "b": jnp.zeros((rank, O))}
 
 
 def _update(x, own: dict, parts: tuple):
