@@ -113,6 +113,15 @@ def test_a_tokenizer_is_found_beside_the_weights_or_given(place, weights):
       load_weights("vit_formula64", **wrong)
 
 
+def test_a_clip_without_its_text_tower_is_told(weights, place, tmp_path):
+  save_weights(image_tower(weights), tmp_path / "tower.safetensors")
+  tower = load_weights(tmp_path / "tower.safetensors")
+  with pytest.raises(ValueError, match="is a CLIP's image tower alone, and class names need the text tower; give the"):
+    serve.load(None, tower, class_names=["dog", "cat"])
+  with pytest.raises(ValueError, match="belong to a CLIP, and this is an image tower alone"):
+    load_weights(tmp_path / "tower.safetensors", tokenizer=place / "merges")
+
+
 def test_a_clip_tells_classes_apart_by_their_names(place, weights, images, run):
   expected = by_hand(weights, [["a photo of a ant."], ["a photo of a a bee."]], images)
   np.testing.assert_allclose(serve.load(None, weights, class_names=("ant", "a_bee"))(images), expected, atol=1e-5)

@@ -127,6 +127,10 @@ def _zero_shot(weights: Weights, class_names, templates) -> Classifier:
 
 
 def _of_head(weights: Weights, class_names, templates=None) -> Classifier:
+  tower = weights.spec.family == "vit" and weights.spec.embed_norm
+  if tower and weights.head is None and (templates or class_names):
+    raise ValueError(f"{weights.name} is a CLIP's image tower alone, and class names need the text tower; give the "
+                     "whole checkpoint with --backbone, or an adapter with --adapter")
   if templates:
     raise ValueError(f"templates are for a CLIP's text tower, and {weights.name} has none; leave them out")
   if weights.head is None:

@@ -128,7 +128,8 @@ def _tokenizer(origin: Origin, spec, given, truncate: bool) -> Callable | None:
   """A CLIP's: the one given, or what lies beside its weights, None if nothing does."""
   if spec.family != "clip":
     if given is not None or truncate:
-      raise WeightsError(f"tokenizer and truncate belong to a CLIP, and this is a {spec.name}; leave them out")
+      what = "an image tower alone" if spec.family == "vit" and spec.embed_norm else f"a {spec.name}"
+      raise WeightsError(f"tokenizer and truncate belong to a CLIP, and this is {what}; leave them out")
     return None
   where = find_tokenizer(origin.path.parent) if given is None else given
   return where and functools.partial(Tokenizer(where, spec.vocabulary, spec.context), truncate=truncate)
