@@ -31,12 +31,12 @@ LAYERS = [  # from the top to the bottom; modules of one layer do not import eac
     "evaluate checkpoint cost workdir",
     "features",
     "step recipe plots",
-    "data optim devices progress metrics",
+    "data optim devices metrics",
     "methods",
     "method",
-    "losses backbones ensembles prompts",
+    "losses backbones ensembles prompts distributed",
     "config tokenizer",
-    "tree files",
+    "tree files progress",
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer.split()}
 # `backbones.spec` is plain data without jax, open to everything above `tree`.

@@ -1,21 +1,35 @@
-"""Devices: the only place that knows how many there are. Batches are split over the mesh axis `data`, parallel heads
-over `heads`, the rest is whole on every device; gradients are those of the global batch whatever their number."""
+"""Devices: the only place that knows how many there are, in this process and in others. Batches are split over the mesh
+axes `data` and `shard`, frozen parameters that do not fit over `shard`, parallel heads over `heads`, the rest is whole
+on every device; gradients are those of the global batch whatever their number."""
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from transferlab import distributed
 
-def make_mesh(count: int | None = None, heads: int = 1) -> Mesh:
-  """A mesh [data, heads] of the first `count` local devices, all of them by default. Groups of `heads` devices, which
-  has to divide their number, share out parallel heads; the groups share out the batch."""
-  devices = jax.devices()
+
+def make_mesh(count: int | None = None, heads: int = 1, shard: int = 1) -> Mesh:
+  """A mesh [data, shard, heads] of the first `count` devices of all processes, all of them by default; of this process
+  inside `distributed.alone`.
+
+  Groups of `heads` devices, which has to divide their number, share out parallel heads, and groups of `shard` of these
+  a frozen backbone; all groups share out the batch.
+  """
+  devices = jax.devices() if distributed.hosts()[1] > 1 else jax.local_devices()
   if count is not None and not 1 <= count <= len(devices):
     raise ValueError(f"{count} devices asked for and {len(devices)} found; use devices=1 … {len(devices)}")
   count = len(devices) if count is None else count
-  if heads < 1 or count % heads:
-    raise ValueError(f"heads={heads} does not divide {count} devices; expected a divisor of them")
-  return Mesh(np.array(devices[:count]).reshape(-1, heads), ("data", "heads"), axis_types=(AxisType.Auto,) * 2)
+  if idle := {device.process_index for device in devices} - {device.process_index for device in devices[:count]}:
+    raise ValueError(f"devices={count} of {len(devices)} leaves process {min(idle)} without any; use devices=0 for all "
+                     "of them, or start fewer processes")
+  for name, size, left in (("heads", heads, count), ("shard", shard, count // max(heads, 1))):
+    if size < 1 or left % size:
+      what = "devices" if left == count else f"groups of {heads} devices"
+      raise ValueError(f"{name}={size} does not divide {left} {what}; expected a divisor")
+  return Mesh(np.array(devices[:count]).reshape(-1, shard, heads), ("data", "shard", "heads"),
+              axis_types=(AxisType.Auto,) * 3)
 
 
 def compute_dtype(name: str):
@@ -31,8 +45,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def along_batch(mesh: Mesh) -> NamedSharding:
-  """The first axis split over the devices of `data`."""
-  return NamedSharding(mesh, PartitionSpec("data"))
+  """The first axis split over the groups that share out the batch."""
+  return NamedSharding(mesh, PartitionSpec(("data", "shard")))
 
 
 def along_heads(mesh: Mesh) -> NamedSharding:
@@ -40,9 +54,31 @@ def along_heads(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec("heads"))
 
 
+def groups(mesh: Mesh) -> int:
+  """Into how many parts a batch is split."""
+  return mesh.shape["data"] * mesh.shape["shard"]
+
+
+def put(tree, sharding: NamedSharding):
+  """Puts a pytree, which is the same in all processes, on the devices. The result may share memory with `tree`: never
+  donate the backbone."""
+  if sharding.is_fully_addressable:
+    return jax.device_put(tree, sharding)
+  def one(leaf):
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+  return jax.tree.map(one, tree)
+
+
 def replicate(tree, mesh: Mesh):
-  """Puts a pytree whole on every device. The result may share memory with `tree`: never donate the backbone."""
-  return jax.device_put(tree, replicated(mesh))
+  """Puts a pytree whole on every device, see `put`."""
+  return put(tree, replicated(mesh))
+
+
+def whole(tree):
+  """A pytree of arrays on the devices as numpy arrays, whole in every process; all processes have to call it."""
+  here = all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(tree))
+  return jax.tree.map(np.asarray, jax.device_get(tree) if here else multihost_utils.process_allgather(tree, tiled=True))
 
 
 def cast(frozen: dict, params: dict, dtype) -> dict:
@@ -56,14 +92,32 @@ def cast(frozen: dict, params: dict, dtype) -> dict:
   return {name: jax.tree.map(one if name in params else jnp.asarray, leaf) for name, leaf in frozen.items()}
 
 
-def put_batch(batch: dict, mesh: Mesh) -> dict:
-  """Puts a batch of arrays [B, …], nested or not, on the devices, B split over `data`.
+def own_rows(mesh: Mesh, rows: int) -> tuple[int, int] | None:
+  """(first, end) of the rows that this process puts on its devices, of a batch of `rows` that is filled up until the
+  groups divide it: `end` may lie beyond `rows`. None where one process has them all."""
+  sharding = along_batch(mesh)
+  if sharding.is_fully_addressable:
+    return None
+  filled = -(-rows // groups(mesh)) * groups(mesh)
+  parts = [index[0].indices(filled) for index in sharding.addressable_devices_indices_map((filled,)).values()]
+  return min(start for start, *_ in parts), max(stop for _, stop, _ in parts)
 
-  A batch that the devices do not divide is filled up with copies of its last row of weight 0.
+
+def put_batch(batch: dict, mesh: Mesh) -> dict:
+  """Puts a batch of arrays [B, …], nested or not, on the devices, B split over the groups; of several processes each
+  gives its `own_rows`.
+
+  A batch that the groups do not divide is filled up with copies of its last row of weight 0.
   """
-  missing = -len(batch["weight"]) % mesh.shape["data"]
+  sharding = along_batch(mesh)
+  if not sharding.is_fully_addressable:
+    own = {str(index) for index in sharding.addressable_devices_indices_map((groups(mesh),)).values()}
+    share = groups(mesh) // len(own)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(
+        sharding, x, (len(x) * share, *x.shape[1:])), batch)
+  missing = -len(batch["weight"]) % groups(mesh)
   if missing:
     fill = lambda x: np.concatenate([x, np.repeat(x[-1:], missing, axis=0)])
     batch = jax.tree.map(fill, batch)
     batch["weight"][-missing:] = 0
-  return jax.device_put(batch, along_batch(mesh))
+  return jax.device_put(batch, sharding)

@@ -67,6 +67,11 @@ def make_predict_members(method: Method, backbone: backbones.Backbone, preproces
       Context(state=state, frozen=frozen))))
 
 
+def known_of(batch: dict) -> dict:
+  """What counting needs of a batch: label, weight, and domain if there are several."""
+  return {name: batch[name] for name in ("label", "weight", "domain") if name in batch}
+
+
 def collect_members(logits_of: Callable, loader: data.EvalLoader, mesh=None) -> tuple[dict, np.ndarray]:
   """Logits of every member for every example that a loader holds, to choose among members.
 
@@ -80,11 +85,11 @@ def collect_members(logits_of: Callable, loader: data.EvalLoader, mesh=None) -> 
   mesh = mesh or devices.make_mesh(1)
   logits, labels = [], []
   for batch in loader:
-    rows = batch["weight"] > 0
-    inputs = devices.put_batch(batch, mesh)["activations" if "activations" in batch else "image"]
-    found = jax.device_get(logits_of(inputs))
-    logits.append({member: each[:len(rows)][rows] for member, each in found.items()})
-    labels.append(batch["label"][rows])
+    put = devices.put_batch(batch, mesh)
+    found, known = devices.whole((logits_of(put["activations" if "activations" in put else "image"]), known_of(put)))
+    rows = known["weight"] > 0
+    logits.append({member: each[rows] for member, each in found.items()})
+    labels.append(known["label"][rows])
   return {member: np.concatenate([each[member] for each in logits]) for member in logits[0]}, np.concatenate(labels)
 
 
@@ -98,7 +103,8 @@ def evaluate(logits_of: Callable, loader: data.EvalLoader, num_classes: int, *, 
     loader: from `data.eval_loader`, or over cached activations.
     num_classes: C.
     among: the classes that compete, by index; the logits of others count as minus infinity. () for all.
-    mesh: where batches go; one device by default.
+    mesh: where batches go; one device by default. Where several processes share it, each loads its own rows of every
+      batch, and all of them count all of it.
   """
   mesh = mesh or devices.make_mesh(1)
   counts, losses, total = np.zeros((num_classes, num_classes), np.int64), 0.0, 0
@@ -107,17 +113,18 @@ def evaluate(logits_of: Callable, loader: data.EvalLoader, num_classes: int, *, 
   outside = np.setdiff1d(np.arange(num_classes), among) if among else []
   with Progress(len(loader), f"evaluating {loader.split.name}", quiet=quiet) as progress:
     for batch in loader:
-      rows = batch["weight"] > 0
       put = devices.put_batch(batch, mesh)
-      inputs = put["activations" if "activations" in batch else "image"]
-      logits = np.asarray(logits_of(inputs, put["weight"]))[:len(rows)][rows]  # [b, C]
+      inputs = put["activations" if "activations" in put else "image"]
+      logits, known = devices.whole((logits_of(inputs, put["weight"]), known_of(put)))
+      rows = known["weight"] > 0
+      logits = logits[rows]  # [b, C]
       if len(outside):
         logits = logits.copy()
         logits[:, outside] = -np.inf
-      labels, predictions = batch["label"][rows], logits.argmax(-1)
+      labels, predictions = known["label"][rows], logits.argmax(-1)
       counts += metrics.confusion(labels, predictions, num_classes)
-      if "domain" in batch:
-        np.add.at(domains, batch["domain"][rows], np.stack([predictions == labels, np.ones_like(labels)], axis=-1))
+      if "domain" in known:
+        np.add.at(domains, known["domain"][rows], np.stack([predictions == labels, np.ones_like(labels)], axis=-1))
       shifted = logits - logits.max(-1, keepdims=True)
       log_likelihood = shifted[np.arange(len(labels)), labels] - np.log(np.exp(shifted).sum(-1))
       losses, total = losses - float(log_likelihood.sum()), total + len(labels)

@@ -1,4 +1,5 @@
 """What the user sees: progress of long work, a bar on a terminal, a plain line now and then elsewhere; and tables."""
+import contextlib
 import sys
 import time
 
@@ -12,9 +13,24 @@ LINE_EVERY = 10.0  # seconds between plain lines
 WIDE = 200  # columns of text where nothing says how many there are, a pipe or a file
 
 
+_prefix: str | None = ""  # of all lines; None where another process speaks for this one
+
+
+@contextlib.contextmanager
+def speaker(prefix: str | None):
+  """Inside, lines start with `prefix`, or are left out if it is None."""
+  global _prefix
+  before, _prefix = _prefix, prefix
+  try:
+    yield
+  finally:
+    _prefix = before
+
+
 def say(message: str) -> None:
   """A line for the user, on standard error so that tables and CSV on standard output stay clean."""
-  print(message, file=sys.stderr, flush=True)
+  if _prefix is not None:
+    print(_prefix + message, file=sys.stderr, flush=True)
 
 
 def show_table(table: Table) -> None:
@@ -39,7 +55,7 @@ class Progress:
 
   def __enter__(self):
     console = Console(stderr=True)
-    if not self.quiet and console.is_terminal:
+    if not self.quiet and console.is_terminal and _prefix == "":
       self.bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                      TextColumn("{task.fields[note]}"), console=console)
       self.bar.start()

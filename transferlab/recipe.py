@@ -2,7 +2,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from transferlab import config, data
+from transferlab import config, data, devices
 from transferlab.data.augment import preset
 from transferlab.optim import Optim
 
@@ -91,10 +91,14 @@ def augmentation(recipe: Recipe) -> data.Augmentation:
   return dataclasses.replace(chosen, label_smoothing=recipe.label_smoothing or chosen.label_smoothing)
 
 
-def train_loader(recipe: Recipe, task: data.Task, preprocessing, activations=None) -> data.TrainLoader:
+def train_loader(recipe: Recipe, task: data.Task, preprocessing, activations=None, mesh=None) -> data.TrainLoader:
   """The batches that a recipe asks for, of a task's split "train", preprocessed as the weights want it; of cached
-  activations where they are given, see `data.train_loader`."""
+  activations where they are given, see `data.train_loader`; of a mesh that several processes share, their own rows."""
+  split = task.splits["train"]
+  by_domain = recipe.per_domain and split.domains is not None
+  rows = recipe.batch_size * (len(set(split.domains.tolist())) if by_domain else 1)
   return data.train_loader(
-      task.splits["train"], preprocessing, batch_size=recipe.batch_size, seed=recipe.seed,
+      split, preprocessing, batch_size=recipe.batch_size, seed=recipe.seed,
       augmentation=augmentation(recipe), drop_last=recipe.drop_last, num_classes=len(task.class_names),
-      workers=recipe.workers, per_domain=recipe.per_domain, reshuffle=recipe.reshuffle, activations=activations)
+      workers=recipe.workers, per_domain=recipe.per_domain, reshuffle=recipe.reshuffle, activations=activations,
+      own=mesh and devices.own_rows(mesh, rows))

@@ -108,7 +108,7 @@ class Stage:
   def train_loader(self) -> data.TrainLoader:
     """Batches of images, or of activations where there is a cache."""
     activations = self.kept(self.cache, "train", self.task.splits["train"]).take if self.cache else None
-    return train_loader(self.recipe, self.task, self.preprocessing, activations)
+    return train_loader(self.recipe, self.task, self.preprocessing, activations, self.mesh)
 
   def kept(self, cache, name: str, split: data.Split) -> features_lib.Features:
     """A split's activations; those that an earlier stage did not read are written now."""
@@ -118,11 +118,12 @@ class Stage:
 
   def eval_loader(self, split):
     """As `train_loader`, every example of a split once and never augmented."""
+    rows = max(self.recipe.batch_size, 32)
+    own = devices.own_rows(self.mesh, rows)
     if self.cache:
       plain = dataclasses.replace(self.cache, views=0)  # whatever name the split goes by
-      return features_lib.eval_loader(self.kept(plain, split.name, split), split, self.weights,
-                                      max(self.recipe.batch_size, 32))
-    return data.eval_loader(split, self.preprocessing, batch_size=max(self.recipe.batch_size, 32))
+      return features_lib.eval_loader(self.kept(plain, split.name, split), split, self.weights, rows, own)
+    return data.eval_loader(split, self.preprocessing, batch_size=rows, own=own)
 
   def scores(self, trainable, state, loader, among=()) -> dict:
     """The ledger's numbers of a trainable on what a loader holds."""

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transferlab import data, methods, search
+from transferlab import data, distributed, methods, search
 from transferlab import features as features_lib
 from transferlab.backbones.weights import Weights, image_tower
 from transferlab.checkpoint import load_adapter, save_adapter, versions
@@ -75,7 +75,8 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   asked = request(weights, method if isinstance(method, str) else first.name, first.options, task, recipe, whole,
                   bool(features))
   folder = None if workdir is None else Workdir(workdir, asked)
-  if folder and isinstance(method, str) and (finished := finished_run(folder)):
+  if folder and isinstance(method, str) and distributed.agree((folder.path / "result.json").exists()) and (
+      finished := finished_run(folder)):
     tell(f"finished run: {folder.path}")
     return finished
   task = task if early else readable(task, recipe.bad_images, tell, quiet)
@@ -154,9 +155,11 @@ def conclude(asked: dict, weights: Weights, task: data.Task, last: Stage, folder
   if folder:
     adapter = folder.path / "adapter.safetensors"
     notes = {**{key: asked[key] for key in ("task", "split_hash", "recipe")}, "val": last.val, "test": test}
-    save_adapter(adapter, last.method, last.trainable, last.state, weights=weights, class_names=task.class_names,
-                 notes=notes)
+    if distributed.first():
+      save_adapter(adapter, last.method, last.trainable, last.state, weights=weights, class_names=task.class_names,
+                   notes=notes)
     result = folder.finish(result)
+    distributed.barrier("result")
   for name in ("val", "test"):
     if result[name]:
       last.tell(f"{name} accuracy {result[name]['accuracy']:.4f}, mean per class {result[name]['mean_per_class']:.4f}")

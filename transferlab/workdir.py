@@ -4,14 +4,15 @@ import json
 import tempfile
 from pathlib import Path
 
-from transferlab import config, tree
+from transferlab import config, distributed, tree
 from transferlab.files import atomic, write_json
 
 
 class Workdir:
   """A run's folder. It belongs to one configuration; another one is refused with the differences.
 
-  Nothing is written before `begin`, so that a request which is refused leaves nothing behind to undo.
+  Nothing is written before `begin`, so that a request which is refused leaves nothing behind to undo. Of several
+  processes the first one writes.
   """
 
   def __init__(self, path, asked: dict):
@@ -35,6 +36,8 @@ class Workdir:
 
   def begin(self) -> None:
     """Takes the folder, once everything is known to fit."""
+    if not distributed.first():
+      return
     self.path.mkdir(parents=True, exist_ok=True)
     write_json(self.path / "config.json", self.asked)
     for name in ("config.json", "metrics.jsonl", "adapter.safetensors", "result.json"):
@@ -51,13 +54,15 @@ class Workdir:
   def finish(self, result: dict) -> dict:
     """Writes the ledger row once; a finished run's row stays as it is."""
     known = self.result()
-    if known is None:
+    if known is None and distributed.first():
       write_json(self.path / "result.json", result)
     if self.board:
       self.board.close()
     return known or result
 
   def log(self, row: dict) -> None:
+    if not distributed.first():
+      return
     with open(self.path / "metrics.jsonl", "a") as file:
       file.write(json.dumps(row) + "\n")
     for name, value in tree.flatten(row).items() if self.board else ():
@@ -67,7 +72,7 @@ class Workdir:
   def truncate(self, stage: int, step: int) -> None:
     """Drops a stage's lines of metrics.jsonl that come after its checkpoint, and a last line that was cut."""
     path = self.path / "metrics.jsonl"
-    if not path.exists():
+    if not path.exists() or not distributed.first():
       return
     kept = []
     for line in path.read_text().splitlines():

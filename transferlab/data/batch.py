@@ -1,4 +1,5 @@
 """From rows of a split to batches: what the loaders have grain do. All of it pickles, for the worker processes."""
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,6 +72,53 @@ class Attach:
     return {**batch, "activations": self.activations(np.maximum(batch["index"], 0), step // self.per_epoch)}
 
 
+@dataclass(frozen=True)
+class Batches:
+  """What grain reads in the end: step -> `own` rows of a batch, of every stream `size` rows, one after the other.
+
+  Fields:
+    streams: endless grain datasets of examples, or of rows.
+    size: rows of each stream in a batch.
+    rows: in an epoch of the one stream, after which the last batch ends early; None if batches run on.
+    steps: in an epoch; of an evaluation, all there are.
+    own: (first, end) of the rows that are made, (0, size of the batch) for all; those beyond the batch are filling.
+    collate: of lists of examples.
+    endless: whether there is an epoch after the last.
+  """
+  streams: tuple
+  size: int
+  rows: int | None
+  steps: int
+  own: tuple[int, int]
+  collate: Callable
+  endless: bool
+
+  def __len__(self) -> int:
+    return sys.maxsize if self.endless else self.steps
+
+  def __getitem__(self, step: int) -> Batch:
+    if self.rows is None:
+      start, count = step * self.size, self.size
+    else:
+      epoch, step = divmod(step, self.steps)
+      start, count = epoch * self.rows + step * self.size, min(self.size, self.rows - step * self.size)
+    places = [(stream, start + place) for stream in self.streams for place in range(count)][slice(*self.own)]
+    if places:
+      return self.collate([stream[place] for stream, place in places])
+    batch = self.collate([self.streams[0][start]])  # for its shapes
+    return {**batch, "weight": np.zeros_like(batch["weight"]), "index": np.full_like(batch["index"], -1)}
+
+
+@dataclass(frozen=True)
+class Cut:
+  """Some rows of a batch."""
+  first: int
+  end: int
+
+  def __call__(self, batch: Batch) -> Batch:
+    return {name: values[self.first:self.end] for name, values in batch.items()}
+
+
 def _filled(batch: Batch, batch_size: int) -> Batch:
   missing = batch_size - len(batch["weight"])
   if not missing:
@@ -94,11 +142,6 @@ class Mix:
     image = batch["image"]                                                # [B, S, S, 3]
     image[:real], soft[:real] = mix(image[:real], soft[:real], rng, a.mixup, a.cutmix)
     return {**batch, "image": image, "soft_label": soft}
-
-
-def concatenate(batches: list[Batch]) -> Batch:
-  """One batch after the other, as one."""
-  return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def check_domains(split: Split, batch_size: int) -> None:

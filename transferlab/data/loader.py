@@ -20,8 +20,8 @@ import numpy as np
 from transferlab.backbones.spec import PILLOW_FILTERS, Preprocessing
 from transferlab.data import cache as cache_lib
 from transferlab.data.augment import Augmentation, preset
-from transferlab.data.batch import (Attach, Augment, Batch, Collate, CollateRows, Mix, Rows, check_domains,
-                                    concatenate)
+from transferlab.data.batch import (Attach, Augment, Batch, Batches, Collate, CollateRows, Cut, Mix, Rows,
+                                    check_domains)
 from transferlab.data.tasks import DataError, Split
 
 
@@ -29,7 +29,7 @@ def train_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int,
                  augmentation: Augmentation | str = "none", drop_last: bool = True, num_classes: int | None = None,
                  workers: int = 0, per_domain: bool = False, reshuffle: bool = True, cache: bool | str = "auto",
                  bad_images: str = "error", progress: cache_lib.Progress | None = None,
-                 activations: Callable | None = None) -> "TrainLoader":
+                 activations: Callable | None = None, own: tuple[int, int] | None = None) -> "TrainLoader":
   """Batches without end, each epoch in a new order unless `reshuffle` is False.
 
   Args:
@@ -50,6 +50,8 @@ def train_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int,
     progress: called with (done, total) during the pass that decodes all images before the first batch.
     activations: (rows [B], epoch) -> {slot: [B, …]} for batches of cached activations; no image is read then, and of
       the augmentation only label smoothing acts.
+    own: (first, end) of the rows of each batch that are wanted here, the others being another process's; rows beyond
+      the batch are filling. None for all. Where images are mixed, the whole batch is made and then cut.
 
   Raises:
     DataError: a batch larger than the split (with drop_last) or than a domain (with per_domain), a split without
@@ -79,19 +81,19 @@ def train_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int,
   if not 0 <= seed < 2**32:
     raise ValueError(f"seed is {seed}; expected a whole number from 0 to {2**32 - 1}")
   return TrainLoader(examples, preprocessing, augmentation, batch_size, seed, drop_last, num_classes, workers,
-                     per_domain, reshuffle, activations)
+                     per_domain, reshuffle, activations, own)
 
 
 def eval_loader(split: Split, preprocessing: Preprocessing, *, batch_size: int, workers: int = 0,
                 cache: bool | str = "auto", bad_images: str = "error", progress: cache_lib.Progress | None = None,
-                augmentation: Augmentation | str = "none", seed: int = 0,
-                activations: Callable | None = None) -> "EvalLoader":
+                augmentation: Augmentation | str = "none", seed: int = 0, activations: Callable | None = None,
+                own: tuple[int, int] | None = None) -> "EvalLoader":
   """Every example once, in order, the last batch filled up; each `iter()` starts anew. Arguments as `train_loader`."""
   if batch_size < 1:
     raise DataError(f"batch_size is {batch_size}; expected at least 1")
   augmentation = preset(augmentation) if isinstance(augmentation, str) else augmentation
   examples = _examples(split, preprocessing, augmentation, activations, cache, bad_images, progress)
-  return EvalLoader(examples, preprocessing, augmentation, batch_size, seed, workers, activations)
+  return EvalLoader(examples, preprocessing, augmentation, batch_size, seed, workers, activations, own)
 
 
 class TrainLoader:
@@ -106,21 +108,26 @@ class TrainLoader:
 
   def __init__(self, examples: cache_lib.Examples, preprocessing: Preprocessing, augmentation: Augmentation,
                batch_size: int, seed: int, drop_last: bool, num_classes: int | None, workers: int, per_domain: bool,
-               reshuffle: bool, activations: Callable | None):
+               reshuffle: bool, activations: Callable | None, own: tuple[int, int] | None):
+    import grain
     self.split, self.problems = examples.split, examples.problems
     pixels = None if activations else Augment(preprocessing, augmentation, _resized(examples, augmentation))
-    collate = CollateRows(self.split, batch_size) if activations else Collate(batch_size)
-    domains = np.unique(self.split.domains) if per_domain else []
     if per_domain:
-      batches = _of_every_domain(examples, domains, pixels, collate, seed, reshuffle)
+      streams = _of_every_domain(examples, pixels, seed, reshuffle)
     else:
-      rows = _shuffled(examples, None, pixels, seed, reshuffle)
-      batches = rows.batch(batch_size, drop_remainder=drop_last, batch_fn=collate)
+      streams = (_shuffled(examples, None, pixels, seed, reshuffle).repeat(),)
+    N, B = len(self.split), batch_size * len(streams)
+    self.rows_per_step = B
+    self.steps_per_epoch = N // B if drop_last and not per_domain else -(-N // B)
+    own = own or (0, B)
+    mixes = bool(augmentation.mixup or augmentation.cutmix)
+    made = (0, max(B, own[1])) if mixes else own
+    collate = CollateRows(self.split, made[1] - made[0]) if activations else Collate(made[1] - made[0])
+    batches = grain.MapDataset.source(Batches(streams, batch_size, None if per_domain else N, self.steps_per_epoch,
+                                              made, collate, endless=True)).seed(seed)
     if augmentation.soft_labels:
       batches = batches.random_map(Mix(augmentation, num_classes))
-    self.rows_per_step = batch_size * max(1, len(domains))
-    self.steps_per_epoch = -(-len(self.split) // self.rows_per_step) if per_domain else len(batches)
-    batches = batches if per_domain else batches.repeat()
+    batches = batches.map(Cut(*own)) if mixes else batches
     self._batches = batches.map_with_index(Attach(activations, self.steps_per_epoch)) if activations else batches
     self._workers, self._cached = 0 if activations else workers, activations is not None
     self._identity = {"seed": seed, "batch_size": batch_size, "drop_last": drop_last, "per_domain": per_domain,
@@ -168,15 +175,17 @@ class EvalLoader:
   """What `eval_loader` returns: a finite iterable with `len()` = number of batches; attributes as `TrainLoader`."""
 
   def __init__(self, examples: cache_lib.Examples, preprocessing: Preprocessing, augmentation: Augmentation,
-               batch_size: int, seed: int, workers: int, activations: Callable | None):
+               batch_size: int, seed: int, workers: int, activations: Callable | None, own: tuple[int, int] | None):
+    import grain
     self.split, self.problems, self._cached = examples.split, examples.problems, activations is not None
-    if activations:
-      batches = _dataset(examples, None, None, seed).batch(batch_size, batch_fn=CollateRows(self.split, batch_size))
-      self._batches, self._workers = batches.map_with_index(Attach(activations, len(batches))), 0
-    else:
-      pixels = Augment(preprocessing, augmentation, _resized(examples, augmentation))
-      rows = _dataset(examples, None, pixels, seed).random_map(pixels)
-      self._batches, self._workers = rows.batch(batch_size, batch_fn=Collate(batch_size)), workers
+    N, own = len(self.split), own or (0, batch_size)
+    pixels = None if activations else Augment(preprocessing, augmentation, _resized(examples, augmentation))
+    rows = _dataset(examples, None, pixels, seed)
+    rows = rows.random_map(pixels) if pixels else rows
+    collate = CollateRows(self.split, own[1] - own[0]) if activations else Collate(own[1] - own[0])
+    batches = grain.MapDataset.source(Batches((rows,), batch_size, N, -(-N // batch_size), own, collate, endless=False))
+    self._batches = batches.map_with_index(Attach(activations, len(batches))) if activations else batches
+    self._workers = 0 if activations else workers
 
   def __len__(self) -> int:
     return len(self._batches)
@@ -216,18 +225,14 @@ def _shuffled(examples: cache_lib.Examples, rows: np.ndarray | None, pixels: Aug
   return shuffled if pixels is None else shuffled.random_map(pixels)
 
 
-def _of_every_domain(examples: cache_lib.Examples, domains: np.ndarray, pixels: Augment | None,
-                     collate: Collate | CollateRows, seed: int, reshuffle: bool):
-  """Endless batches with as many rows of each domain; each is shuffled and augmented under a seed of its own."""
-  import grain
+def _of_every_domain(examples: cache_lib.Examples, pixels: Augment | None, seed: int, reshuffle: bool) -> tuple:
+  """An endless stream of each domain, shuffled and augmented under a seed of its own."""
   streams = []
-  for domain in domains.tolist():
+  for domain in np.unique(examples.split.domains).tolist():
     own_seed = int(np.random.SeedSequence([seed, domain]).generate_state(1)[0])
     rows = np.flatnonzero(examples.split.domains == domain)
-    rows = _shuffled(examples, rows, pixels, own_seed, reshuffle).repeat()
-    streams.append(rows.batch(collate.batch_size, batch_fn=collate))
-  # Batches of the domains in turn, as many as there are domains at a time.
-  return grain.MapDataset.mix(streams).seed(seed).batch(len(streams), batch_fn=concatenate)
+    streams.append(_shuffled(examples, rows, pixels, own_seed, reshuffle).repeat())
+  return tuple(streams)
 
 
 def _iterate(batches, workers: int, cached: bool) -> Iterator[Batch]:

@@ -76,9 +76,9 @@ def train_loader(features: Features, task: data.Task, weights: Weights, recipe: 
   return recipes.train_loader(recipe, task, weights.preprocessing, features.take)
 
 
-def eval_loader(features: Features, split: data.Split, weights: Weights, batch_size: int) -> data.EvalLoader:
+def eval_loader(features: Features, split: data.Split, weights: Weights, batch_size: int, own=None) -> data.EvalLoader:
   """As `data.eval_loader`, batches of activations."""
-  return data.eval_loader(split, weights.preprocessing, batch_size=batch_size,
+  return data.eval_loader(split, weights.preprocessing, batch_size=batch_size, own=own,
                           activations=lambda rows, epoch: features.take(rows))
 
 

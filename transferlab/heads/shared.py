@@ -79,7 +79,7 @@ class Shared:
   def program(self, stage: int, lane: Lane, size: int):
     """(compiled step, evaluation) of `size` heads like this one; the chunks of a stage share it."""
     if (stage, size) not in self.programs:
-      rows, groups = len(self.first["weight"]), self.mesh.shape["data"]
+      rows, groups = len(self.first["weight"]), devices.groups(self.mesh)
       if self.recipe.micro_batch < 0:
         fewest = self.mesh.shape["heads"]
         _, parts = cost.largest_that_fits(lambda parts: self.compile(lane, fewest, parts), rows, groups, self.limit)
