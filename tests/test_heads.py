@@ -287,7 +287,7 @@ def test_the_recipe_makes_no_difference(tiny_weights, tiny_task, whole, how):
 
 def test_a_mesh_has_groups_of_devices():
   assert dict(devices.make_mesh(4, heads=2).shape) == {"data": 2, "shard": 1, "heads": 2}
-  assert dict(devices.make_mesh().shape) == {"data": len(jax.devices()), "heads": 1}
+  assert dict(devices.make_mesh().shape) == {"data": len(jax.devices()), "shard": 1, "heads": 1}
   rows = {heads: len(devices.put_batch({"weight": np.ones(7)}, devices.make_mesh(4, heads=heads))["weight"])
           for heads in (4, 2, 1)}
   assert rows == {4: 7, 2: 8, 1: 8}, "a batch is filled up for the groups that share it out"
