@@ -1,10 +1,13 @@
 """Helpers of the tests of training, resuming, adapters and the command line."""
+import dataclasses
 import json
 
 import numpy as np
 from PIL import Image
 
-from transferlab import data
+from transferlab import backbones, data, tree
+from transferlab.backbones.spec import Preprocessing
+from transferlab.backbones.weights import Weights, weights_hash
 from transferlab.optim import Optim
 from transferlab.train import Recipe
 
@@ -22,6 +25,15 @@ def colours() -> data.Task:
   images = rng.normal(centres[labels][:, None, None], 30, (64, 16, 16, 3)).clip(0, 255).astype(np.uint8)
   splits = {"train": range(40), "val": range(40, 50), "test": range(50, 64)}
   return data.arrays(images, labels, ["grey", "red", "green", "blue"], splits, name="colours")
+
+
+def small_weights() -> Weights:
+  """A ViT of two blocks with random parameters, the same in every process."""
+  spec = dataclasses.replace(backbones.architecture("vit_tiny_test"), depth=2)
+  rng, shapes = np.random.default_rng(0), tree.flatten(backbones.abstract_params(spec))
+  draw = lambda name, shape: name.endswith("scale") + 0.2 * rng.standard_normal(shape, np.float32)
+  params = tree.unflatten({name: draw(name, leaf.shape) for name, leaf in shapes.items()})
+  return Weights(spec, params, None, Preprocessing(spec.image_size), spec.name, "random", weights_hash(params, spec))
 
 
 def metrics(workdir) -> list[dict]:

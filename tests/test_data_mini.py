@@ -37,7 +37,7 @@ def test_suite_runs_on_real_images(images, tmp_path, capsys):
   """A few steps on the bundled backbone; texture and pose need more than chance would give."""
   cli.main(["transferlab", "train", "--config=configs/vtab.py:counts=expected", "--suite=mini", "--seeds=0",
             f"--data_dir={images}", f"--workdir={tmp_path}", "--config.duration=60 steps",
-            "--config.image_size=32", "--config.devices=1"])
+            "--config.image_size=16", "--config.devices=1"])
   capsys.readouterr()
   cli.main(["transferlab", "report", str(tmp_path), "--json"])
   found = json.loads(capsys.readouterr().out)

@@ -334,7 +334,7 @@ def test_mapped_is_resident(folder, tiny_weights, tiny_task, monkeypatch):
 def test_an_accelerator_keeps_what_fills_a_third_of_it(folder, tiny_weights, tiny_task, monkeypatch, limit, resident):
   cache, real = features.of_recipe(folder, recipe()), jax.devices()[0]
   gpu = namedtuple("Device", "platform memory_stats")("gpu", lambda: {"bytes_limit": limit})
-  monkeypatch.setattr(jax, "devices", lambda: [gpu])
+  monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
   monkeypatch.setattr(jax, "device_put", lambda x, where, put=jax.device_put: put(x, real))
   kept = features.Features(cache, tiny_weights, READS, "train", tiny_task.splits["train"])
   assert kept.resident == resident and all(len(rows) == 3 for rows in kept.take(np.array([5, 1, 5])).values())

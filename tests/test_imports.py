@@ -19,30 +19,30 @@ PACKAGE = ROOT / "transferlab"
 LAYERS = [  # from the top to the bottom; modules of one layer do not import each other
     "cli quickstart",
     "commands",
-    "analysis",
+    "analysis scale",
     "papers sweep",
-    "suite shared grid choice incremental explain",
+    "suite shared grid choice dealing incremental explain",
     "report",
     "experiment serve inform testing",
     "heads",
     "train",
     "search",
     "stage",
-    "evaluate checkpoint cost workdir",
+    "evaluate checkpoint resume cost workdir",
     "features",
-    "step recipe plots",
+    "step recipe plots sharding",
     "data optim devices metrics",
     "methods",
-    "method",
+    "method storage preemption",
     "losses backbones ensembles prompts distributed",
-    "config tokenizer",
-    "tree files progress",
+    "config tokenizer signals",
+    "tree files progress collectives rendezvous failure",
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer.split()}
 # `backbones.spec` is plain data without jax, open to everything above `tree`.
 ONLY = {  # library: the only modules that may import it
     "flax": r"backbones\..*|backbones",
-    "orbax": r"checkpoint",
+    "orbax": r"resume",
     "grain": r"data\.loader",
     "tensorflow_datasets": r"data\..*",
     "tensorflow": r"nothing",
@@ -117,7 +117,8 @@ def test_methods_know_no_particular_backbone(name):
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.split(".")[0] == "data" or name in (
-    "tree", "config", "metrics", "files", "progress", "backbones.spec", "backbones.zoo")])
+    "tree", "config", "metrics", "files", "progress", "backbones.spec", "backbones.zoo", "backbones.preprocessing",
+    "backbones.vit_spec", "backbones.resnet_spec", "backbones.swin_spec")])
 def test_data_and_plain_modules_do_without_jax(name):
   heavy = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
   assert not outside(MODULES[name]) & heavy

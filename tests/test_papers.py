@@ -179,7 +179,7 @@ def test_runs_are_called_as_the_slides_call_them(method, options, name):
 def test_a_method_that_a_sweep_chose_is_head2toe_ft_plus(tmp_path):
   (tmp_path / "final" / "seed_0").mkdir(parents=True)
   ours = {"method": "head2toe_ft", "options": {"sites": "paper"}, "path": str(tmp_path / "final" / "seed_0")}
-  ledger = lambda *names: "".join(json.dumps({"method": name}) + "\n" for name in names)
+  ledger = lambda *names: "".join(json.dumps({"method": name, "point_hash": name}) + "\n" for name in names)
   for text, name in ((ledger("head2toe_ft"), "Head2Toe-FT"), ("[]", "Head2Toe-FT"), ("{", "Head2Toe-FT"), (
       ledger("head2toe", "head2toe_ft", "linear"), "Head2Toe-FT"), (ledger("head2toe", "head2toe_ft"), "Head2Toe-FT+")):
     (tmp_path / "sweep.jsonl").write_text(text)

@@ -16,12 +16,10 @@ import numpy as np
 import pytest
 from engine import contents, files, metrics, recipe
 
-from transferlab import checkpoint, data, stage, train
+from transferlab import checkpoint, data, resume, stage, train
 from transferlab.backbones.weights import load_weights, save_weights
 from transferlab.optim import Optim
 from transferlab.train import fit
-
-KILLS = int(os.environ.get("TRANSFERLAB_KILLS", "3"))  # of the run that is killed; -m full kills another one 12 times
 
 # What is random in a run is in this one: order, augmentation, dropout, drop-path; checkpoints lie within epochs.
 ASKED = recipe(augmentation="flip", drop_path=0.3, checkpoint_every="4 steps", class_weights="balanced",
@@ -208,13 +206,13 @@ def test_a_workdir_with_another_programs_config(tiny_weights, tiny_task, tmp_pat
 def test_a_full_disk_loses_nothing(whole, tiny_weights, tiny_task, tmp_path, monkeypatch):
   wanted = whole("lora")
   again = lambda: fit(tiny_weights, "lora", tiny_task, ASKED, workdir=tmp_path / "run", quiet=True)
-  save = checkpoint.ocp.CheckpointManager.save
-  def full(manager, step, **kwargs):
-    if step >= 8:
+  save = resume.ocp.Checkpointer.save
+  def full(writer, target, **kwargs):
+    if int(target.name) >= 8:
       raise OSError(28, "No space left on device")
-    return save(manager, step, **kwargs)
+    return save(writer, target, **kwargs)
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
+    patch.setattr(resume.ocp.Checkpointer, "save", full)
     with pytest.raises(OSError, match="step 8 cannot be written .*No space left.* free some space there and run"):
       again()
   assert not {"adapter.safetensors", "result.json"} & files(tmp_path / "run")
@@ -222,7 +220,7 @@ def test_a_full_disk_loses_nothing(whole, tiny_weights, tiny_task, tmp_path, mon
   assert_same_run(tmp_path / "run", wanted)
 
 
-# kill -9
+# kill -9 at chosen moments; at random ones in test_preemption.py
 
 def killed_run(workdir: str, moment: str) -> None:
   """In a process of its own: a run that kills itself, at a moment or after some seconds.
@@ -239,12 +237,12 @@ def killed_run(workdir: str, moment: str) -> None:
     setattr(module, name, wrapped)
   kind, _, value = moment.partition(":")
   if kind == "checkpoint":  # some milliseconds into writing one
-    save = checkpoint.Checkpoints.save
+    save = resume.Checkpoints.save
     def timed(self, step, *args):
       if step >= 4:
         threading.Timer(float(value), kill).start()
       save(self, step, *args)
-    checkpoint.Checkpoints.save = timed
+    resume.Checkpoints.save = timed
   elif kind == "adapter":   # half of it is written
     write = Path.write_bytes
     def half(path, content):
@@ -292,28 +290,21 @@ def start_run(workdir: Path, moment: str):
   return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def moments(count: int, seed: int) -> list[str]:
+def moments(seed: int) -> list[str]:
   """Points of a run in order, the random ones drawn from a seed that the test prints.
 
   Seconds are few enough to fall before the end of a run on any machine, a checkpoint's before the step that follows.
   """
   draw = random.Random(seed)
-  step = draw.randrange(14 if count <= 3 else 24, 29)
-  some = [f"checkpoint:{draw.uniform(0, 0.04):.3f}", f"step:{step}", "adapter"]
+  some = [f"checkpoint:{draw.uniform(0, 0.04):.3f}", f"step:{draw.randrange(24, 29)}", "adapter"]
   more = ["replace:adapter.safetensors", "replace:result.json", "replace:config.json", "replace:metrics.jsonl"]
-  while len(some) < count:
+  while len(some) < 12:
     some.insert(0, draw.choice([f"checkpoint:{draw.uniform(0, 0.04):.3f}", f"seconds:{draw.uniform(0, 2):.2f}"]))
-  return some[:count] + (more if count > 3 else [])
-
-
-def test_kill_9(tmp_path, tiny_weights):
-  seed = int(time.time())
-  print(f"seed {seed}: {moments(KILLS, seed)}")
-  kill_and_resume(tmp_path / "run", tiny_weights, moments(KILLS, seed))
+  return some + more
 
 
 @pytest.mark.full
 def test_kill_9_many_times(tmp_path, tiny_weights):
   seed = int(time.time())
-  print(f"seed {seed}: {moments(12, seed)}")
-  kill_and_resume(tmp_path / "run", tiny_weights, moments(12, seed))
+  print(f"seed {seed}: {moments(seed)}")
+  kill_and_resume(tmp_path / "run", tiny_weights, moments(seed))

@@ -1,8 +1,8 @@
-"""What a run leaves on disk: checkpoints to resume from (orbax) and the adapter, one small safetensors file.
+"""The adapter that a run leaves, one small safetensors file.
 
-An adapter holds trainable and state as `trainable/…` and `state/…` arrays, and a JSON header that says how to rebuild
-the method, which backbone it belongs to (by hash), the preprocessing, the class names and where it comes from. Reading
-one executes nothing; every name, shape and field is checked.
+It holds trainable and state as `trainable/…` and `state/…` arrays, and a JSON header that says how to rebuild the
+method, which backbone it belongs to (by hash), the preprocessing, the class names and where it comes from. Reading one
+executes nothing; every name, shape and field is checked.
 """
 import json
 from importlib import metadata
@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
@@ -31,46 +30,6 @@ def versions() -> dict:
   return {name: metadata.version(name) for name in (
       "transferlab", "jax", "flax", "optax", "numpy", "pillow", "tensorflow-datasets")}
 
-
-# --- Checkpoints ---------------------------------------------------------------------------------------------------
-
-class Checkpoints:
-  """The last two checkpoints of a run. A save that is cut short leaves the ones before it untouched."""
-
-  def __init__(self, folder):
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    self.folder = Path(folder)
-    self.manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
-
-  def save(self, step: int, arrays, notes: dict) -> None:
-    """Saves a pytree of arrays and a dict of plain data.
-
-    Raises:
-      OSError: it cannot be written, the disk being full for example; the checkpoints before it stay as they are.
-    """
-    try:
-      self.manager.save(step, args=ocp.args.Composite(
-          arrays=ocp.args.StandardSave(arrays), notes=ocp.args.JsonSave(notes)))
-    except (OSError, ValueError, RuntimeError) as error:  # the last two: tensorstore's, for what the disk refuses
-      reason = " ".join(str(error).split())[:200]
-      raise OSError(f"the checkpoint of step {step} cannot be written to {self.folder} ({reason}); those before it are "
-                    "whole: free some space there and run the same command again, it resumes") from error
-
-  def restore(self, like):
-    """(step, arrays, notes) of the newest checkpoint, or None; `like` gives structure, shapes and shardings."""
-    step = self.manager.latest_step()
-    if step is None:
-      return None
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    found = self.manager.restore(step, args=ocp.args.Composite(
-        arrays=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore()))
-    return step, found["arrays"], found["notes"]
-
-  def close(self) -> None:
-    self.manager.close()
-
-
-# --- Adapters ------------------------------------------------------------------------------------------------------
 
 class Adapter(NamedTuple):
   """A trained method, without its backbone."""

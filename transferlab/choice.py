@@ -3,12 +3,15 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
 
+from transferlab import distributed, storage
 from transferlab.files import atomic, write_json
 from transferlab.progress import show_table
 from transferlab.workdir import Workdir
@@ -33,40 +36,90 @@ class Candidate(NamedTuple):
     return ", ".join([f"{key}={value}" for key, value in self.values.items()] + ([self.member] if self.member else []))
 
 
+class Line(NamedTuple):
+  """A row of a ledger, and where it stands."""
+  file: Path
+  number: int
+  row: dict
+
+
+def lines(folder) -> list[Line]:
+  """What stands in a sweep's folder, in the ledgers of all processes that ever wrote there; what is in two of them
+  counts once. A last line that was cut is left out.
+
+  Raises:
+    ValueError: a line that is no row.
+  """
+  found: dict[tuple, Line] = {}
+  for file in sorted([*Path(folder).glob("sweep.jsonl"), *Path(folder).glob("sweep.[0-9]*.jsonl")]):
+    texts = file.read_text().split("\n")  # of whole lines the last text is empty
+    for number, text in enumerate(texts, 1):
+      try:
+        if text:
+          row = json.loads(text)
+          found.setdefault((row["point_hash"], row.get("member")), Line(file, number, row))
+      except (ValueError, KeyError, TypeError, AttributeError):
+        if number < len(texts):
+          raise no_row(file, number) from None
+  return list(found.values())
+
+
+def no_row(file: Path, number: int) -> ValueError:
+  """The error of a line that no sweep wrote."""
+  return ValueError(f"{file} line {number} is no row of a sweep; delete the line, its point is then trained again")
+
+
 class Ledger:
   """`sweep.jsonl` in a folder that belongs to one sweep; another one is refused with the differences.
 
   Rows of a grid point come and go together, and are found by the hash of everything that was asked of the point; a
-  point of which a row is gone is trained again.
+  point of which a row is gone is trained again. Of several processes each writes a file of its own, `sweep.1.jsonl`
+  the second, and reads all of them.
   """
 
   def __init__(self, path, asked: dict):
     self.folder = Workdir(path, json.loads(json.dumps(asked)))  # tuples become lists, as they will be when read back
-    self.path = self.folder.path / "sweep.jsonl"
-    self.rows: dict[str, list[dict]] = {}
-    for number, line in enumerate(self.path.read_text().splitlines() if self.path.exists() else [], 1):
-      try:
-        row = json.loads(line)
-        self.rows.setdefault(row["point_hash"], []).append(row)
-      except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{self.path} line {number} is no row of a sweep; delete the line, its point is then trained "
-                         "again") from None
-    self.rows = {key: rows for key, rows in self.rows.items() if len(rows) == rows[0].get("member_count")}
+    place, _ = distributed.hosts()
+    self.path = self.folder.path / (f"sweep.{place}.jsonl" if place else "sweep.jsonl")
+    self.refresh()
+
+  def refresh(self, wanted: Collection[str] = (), patience: float = 90) -> None:
+    """Reads what all processes wrote; waits for points that are `wanted`, which a network's disk may show late.
+
+    Raises:
+      ValueError: they do not appear.
+    """
+    until = time.monotonic() + patience
+    while True:
+      found, points = lines(self.folder.path), {}
+      for line in found:
+        points.setdefault(line.row["point_hash"], []).append(line.row)
+      self.rows = {key: rows for key, rows in points.items() if len(rows) == rows[0].get("member_count")}
+      self.own = [line.row for line in found if line.file == self.path and line.row["point_hash"] in self.rows]
+      if not (missing := set(wanted) - set(self.rows)):
+        return
+      if time.monotonic() > until:
+        raise ValueError(f"{self.folder.path} lacks {len(missing)} points that other processes trained; expected one "
+                         "folder that all of them write to: put --workdir on storage that they share")
+      time.sleep(2)
 
   def begin(self) -> None:
-    """Takes the folder."""
-    self.folder.path.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "sweep.jsonl", "best.json"):
-      for left_over in self.folder.path.glob(f".{name}.*"):  # of a write that was killed
-        left_over.unlink()
-    write_json(self.folder.path / "config.json", self.folder.asked)
+    """Takes the folder; of several processes the first does, and all of them have to see it."""
+    if distributed.first():
+      self.folder.path.mkdir(parents=True, exist_ok=True)
+      for name in ("config.json", "sweep*.jsonl", "best.json"):
+        for left_over in self.folder.path.glob(f".{name}.*"):  # of a write that was killed
+          left_over.unlink()
+      write_json(self.folder.path / "config.json", self.folder.asked)
+    storage.check_shared(self.folder.path, "workdir")
 
   def add(self, rows: Sequence[dict]) -> None:
     """Appends rows, all or none of them."""
     for row in rows:
       self.rows.setdefault(row["point_hash"], []).append(row)
+    self.own += rows
     with atomic(self.path) as temporary, open(temporary, "w") as file:
-      file.writelines(json.dumps(row) + "\n" for point in self.rows.values() for row in point)
+      file.writelines(json.dumps(row) + "\n" for row in self.own)
 
 
 def point_hash(asked: dict) -> str:
@@ -136,4 +189,4 @@ def show(found: Sequence[Candidate], criterion: str, title: str, count: int = 10
                   *[escape(candidate.member)] * members, number(candidate.score), number(candidate.loss))
   show_table(table)
   if len(found) > count:
-    print(f"and {len(found) - count} more, all in sweep.jsonl")
+    print(f"and {len(found) - count} more, all in the sweep's ledger")

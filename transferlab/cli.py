@@ -1,4 +1,5 @@
 """The `transferlab` command: every verb is a thin call into the library."""
+import contextlib
 import errno
 import os
 import sys
@@ -9,15 +10,18 @@ from transferlab.commands.classes import classes, incremental
 from transferlab.commands.data import data_verb
 from transferlab.commands.features import features
 from transferlab.commands.reporting import report
+from transferlab.commands.scaling import scale
 from transferlab.commands.sweeping import sweep
 from transferlab.commands.training import train
 from transferlab.commands.using import evaluate, predict
 from transferlab.commands.weights import convert, info, merge
+from transferlab.signals import handled
 
 USAGE = """usage: transferlab VERB [--flag=value …]      (transferlab VERB --help lists a verb's flags)
 
   train     --config=configs/folder.py:data=folder:/images,method=dtl --workdir=runs/mine
   train     --config=configs/vtab.py:method=dtl --suite=vtab1k --data_dir=/data --workdir=runs/vtab
+  train     --config=configs/folder.py:data=folder:/images --workdir=runs/mine --distributed   (in every process)
   sweep     --config=configs/vtab.py:phase=tune --grid="optim.lr=1e-3,1e-2" --final=phase=final --workdir=runs/dtd
   report    runs/vtab
   report    runs/vtab --paper=dtl/table2
@@ -30,6 +34,7 @@ USAGE = """usage: transferlab VERB [--flag=value …]      (transferlab VERB --h
   predict   --adapter=lfa/adapter.safetensors --backbone=clip/ --explain=explained image.jpg
   info      --backbone=vit_b16 --method=dtl --num_classes=100
   info      --backbone=vit_l16 --method=inca --against=full --heads=8
+  scale     --backbone=vit_gigantic14 --methods=lora,full --devices=1,8,64 --machines=h100,v5e --out=scale
   convert   --backbone=weights.npz --out=weights.safetensors
   merge     --adapter=runs/mine/adapter.safetensors --out=merged.safetensors
   classes   --adapter=runs/mine/adapter.safetensors --drop=ant,bee --out=fewer.safetensors
@@ -40,8 +45,8 @@ USAGE = """usage: transferlab VERB [--flag=value …]      (transferlab VERB --h
 """
 
 VERBS = {"train": train, "sweep": sweep, "report": report, "eval": evaluate, "predict": predict, "info": info,
-         "convert": convert, "merge": merge, "classes": classes, "incremental": incremental, "features": features,
-         "data": data_verb}
+         "scale": scale, "convert": convert, "merge": merge, "classes": classes, "incremental": incremental,
+         "features": features, "data": data_verb}
 RESUMES = ("train", "sweep", "incremental", "features")  # what the same command takes up where it stopped
 
 
@@ -56,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     if verb not in VERBS:
       from transferlab.tree import nearest
       raise ValueError(f"verb {verb!r} is unknown; nearest: {nearest(verb, VERBS)[0]}; all: {', '.join(VERBS)}")
-    _run(verb, argv[2:])
+    with handled() if verb in RESUMES else contextlib.nullcontext():
+      _run(verb, argv[2:])
   except (ValueError, OSError, RuntimeError, flags.Error) as error:
     if isinstance(error, BrokenPipeError) and _unread():
       raise SystemExit(1) from None
@@ -68,11 +74,17 @@ def main(argv: list[str] | None = None) -> None:
       hint += ", configuration keys are --config.NAME" * (verb in ("train", "sweep", "incremental"))
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
       hint = "; free some space and run the same command again" + ", it resumes" * (verb in RESUMES)
-    print("error: " + " ".join(str(error).split()) + hint, file=sys.stderr)
-    raise SystemExit(1) from None
+    _stop("error: " + " ".join(str(error).split()) + hint, 1)
   except KeyboardInterrupt:
-    print("stopped" + "; the same command resumes from what is saved" * (verb in RESUMES), file=sys.stderr)
-    raise SystemExit(130) from None
+    _stop("stopped" + "; the same command resumes from what is saved" * (verb in RESUMES), 130)
+
+
+def _stop(line: str, code: int) -> None:
+  """Ends the program with a line on standard error, and with it the processes that it works with."""
+  if failure := sys.modules.get("transferlab.failure"):
+    failure.fail(line.removeprefix("error: "), code)
+  print(line, file=sys.stderr)
+  raise SystemExit(code) from None
 
 
 def _run(verb: str, argv: list[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from transferlab import backbones, devices, features
+from transferlab import backbones, devices, distributed, features, sharding
 from transferlab.backbones.spec import Preprocessing
 from transferlab.method import Method, classes, needed, predict, sizes
 from transferlab.optim import Optim, make_optimiser
@@ -51,8 +51,8 @@ def divisors(rows: int, device_count: int = 1) -> list[int]:
 
 
 def available_bytes() -> int:
-  """Memory of one device that a program may use."""
-  stats = jax.devices()[0].memory_stats() or {}
+  """Memory of one device of this process that a program may use."""
+  stats = jax.local_devices()[0].memory_stats() or {}
   if "bytes_limit" in stats:
     return int(0.95 * stats["bytes_limit"])
   limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -66,12 +66,13 @@ def available_bytes() -> int:
 
 def held_bytes() -> int:
   """Memory of an accelerator that arrays hold, cached activations say; 0 on CPU, where it is no longer available."""
-  return int((jax.devices()[0].memory_stats() or {}).get("bytes_in_use", 0))
+  return int((jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use", 0))
 
 
 def largest_that_fits(compiled: Callable[[int], Any], rows: int, device_count: int = 1, limit: int | None = None):
-  """(compiled step, number of parts) of the largest micro-batch whose peak stays below `limit` bytes."""
-  limit = available_bytes() if limit is None else limit
+  """(compiled step, number of parts) of the largest micro-batch whose peak stays below `limit` bytes, by default what
+  each process has."""
+  limit = min(distributed.gather(available_bytes())) if limit is None else limit
   for micro_batch in divisors(rows, device_count):
     step = compiled(rows // micro_batch)
     if peak_bytes(step) <= limit:
@@ -90,11 +91,44 @@ def image_batch(spec, rows: int) -> dict:
 def of_training(spec, method: Method, num_classes: int, *, batch_size: int = 32, dtype=jnp.float32,
                 remat: bool = False, cached: bool = False) -> StepCost:
   """Of one training step on a backbone, from shapes alone; arguments as of `of`."""
+  how = {"batch_size": batch_size, "dtype": dtype, "remat": remat, "cached": cached}
+  return of_step(compile_training(spec, method, num_classes, **how))
+
+
+def compile_training(spec, method: Method, num_classes: int, *, batch_size: int = 32, dtype=jnp.float32,
+                     remat: bool = False, cached: bool = False, mesh=None, patterns=()):
+  """The compiled training step of a backbone, from shapes alone; arguments as of `of`.
+
+  Args:
+    batch_size: of all devices together.
+    mesh: from `devices.make_mesh`; its devices split the batch, and those of its axis `shard` the backbone, see
+      `sharding`. By default the program is for one device.
+    patterns: of `sharding.plan`.
+  """
+  how = {"batch_size": batch_size, "dtype": dtype, "remat": remat, "cached": cached, "mesh": mesh, "patterns": patterns}
+  return compile_step(*training_step(spec, method, num_classes, **how), remat=remat)
+
+
+def training_step(spec, method: Method, num_classes: int, *, batch_size: int, dtype, remat: bool, cached: bool = False,
+                  mesh=None, patterns=()) -> tuple:
+  """(step, run, frozen, batch): what `compile_training` compiles, and the shapes that it takes."""
   run, frozen, batch = _arguments(spec, method, num_classes, batch_size, dtype, cached)
+  split = {}
+  if mesh is not None:
+    split = sharding.plan(backbones.abstract_params(spec), mesh, patterns)
+    run, frozen, batch = _placed(run, frozen, batch, mesh, split)
   optimiser = make_optimiser(Optim(), lambda step: 1e-3, run.trainable)
-  step = make_step(method, backbones.build(spec, dtype), optimiser, Preprocessing(spec.image_size), num_classes,
+  step = make_step(method, backbones.build(spec, dtype, split), optimiser, Preprocessing(spec.image_size), num_classes,
                    remat=remat)
-  return of_step(compile_step(step, run, frozen, batch, remat=remat))
+  return step, run, frozen, batch
+
+
+def _placed(run, frozen: dict, batch: dict, mesh, split: dict) -> tuple:
+  """The shapes of what a step takes, each with its place on the devices."""
+  at = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+  frozen = jax.tree.map(at, frozen, sharding.of_frozen(frozen, mesh, split))
+  batch = jax.tree.map(lambda leaf: at(leaf, devices.along_batch(mesh)), batch)
+  return jax.tree.map(at, run, sharding.of_run(run, mesh, split)), frozen, batch
 
 
 def _arguments(spec, method: Method, num_classes: int, batch_size: int, dtype, cached: bool) -> tuple:

@@ -12,6 +12,7 @@ class's logits never change, and what is lost on old classes is lost to new ones
 That InCA's adapters "can be incrementally modified" is the paper's (Dukler et al. 2023, arXiv 2303.04105); its protocol
 was not at hand, this one is ours, in the form that is usual for Split CIFAR-100 (10 steps of 10 classes).
 """
+import contextlib
 import dataclasses
 import json
 import os
@@ -161,11 +162,10 @@ def _step(weights: Weights, task: data.Task, recipe: Recipe, method: Method, old
   folder = Workdir(adapter.parent, asked)
   if not adapter.exists():
     stage = Stage(method if old is None else grow(method, old, notes["over"]), weights, task, recipe, folder, 0, quiet)
-    trained = jax.device_get(stage.train().trainable)
-    save_adapter(adapter, method, trained if old is None else join(old, trained), {}, weights=weights,
-                 class_names=names, notes={"task": task.name, "recipe": asked["recipe"], "incremental": notes})
-    if folder.board:
-      folder.board.close()
+    with contextlib.closing(folder):
+      trained = jax.device_get(stage.train().trainable)
+      save_adapter(adapter, method, trained if old is None else join(old, trained), {}, weights=weights,
+                   class_names=names, notes={"task": task.name, "recipe": asked["recipe"], "incremental": notes})
   return load_adapter(adapter).trainable
 
 

@@ -33,6 +33,10 @@ class Recipe:
     bad_images: "error", or "skip" to go on without images that cannot be read.
     workers: processes that decode images, 0 for none.
     devices: number of devices, 0 for all.
+    shard: number of devices that share one copy of the backbone, which then need not fit one; it has to divide their
+      number. 1 keeps a copy on each, 0 shares one among all. A backbone that trains is shared, too.
+    shard_patterns: which dimension of a parameter is split, ((".*/fc1/kernel", 1), ("text/tokens", None)), None for a
+      parameter that is whole on every device; the first that matches counts, then those of `sharding.PATTERNS`.
     views: with cached activations, the number of augmented copies of the training images to keep, on which epochs train
       in turn; 0 keeps the images as they are.
     cache_dtype: with cached activations, what they are kept in, "float32" or "bfloat16".
@@ -58,6 +62,8 @@ class Recipe:
   bad_images: str = "error"
   workers: int = 0
   devices: int = 0
+  shard: int = 1
+  shard_patterns: tuple = ()
   views: int = 0
   cache_dtype: str = "float32"
   seed: int = 0
@@ -68,12 +74,16 @@ class Recipe:
     for name, valid in choices.items():
       if getattr(self, name) not in valid:
         raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(valid)}")
-    for name, least in {"batch_size": 1, "micro_batch": -1, "workers": 0, "devices": 0, "views": 0, "seed": 0}.items():
+    for name, least in {"batch_size": 1, "micro_batch": -1, "workers": 0, "devices": 0, "shard": 0, "views": 0,
+                        "seed": 0}.items():
       if getattr(self, name) < least:
         raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
     for name in ("drop_path", "label_smoothing"):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f"{name} is {getattr(self, name)}; expected a number from 0 to below 1")
+    if self.shard_patterns and self.shard == 1:
+      raise ValueError("shard_patterns say how devices share a backbone, and with shard=1 each has its own; set shard, "
+                       "or leave them out")
     preset(self.augmentation)
     for name in ("duration", "evaluate_every", "checkpoint_every", "log_every"):  # for the errors; steps come later
       config.resolve_steps(getattr(self, name), 1, 1, None if name == "duration" else 1, name, positive=True)
@@ -83,6 +93,16 @@ def changed(recipe: Recipe, changes: dict) -> Recipe:
   """The recipe with some fields replaced, {"duration": "500 epochs", "optim": {"lr": 5e-4}}."""
   optim = dataclasses.replace(recipe.optim, **changes.get("optim", {}))
   return dataclasses.replace(recipe, **{**changes, "optim": optim})
+
+
+def mesh_of(recipe: Recipe):
+  """The devices that a recipe asks for."""
+  return devices.sharing(recipe.devices, recipe.shard)
+
+
+def places(recipe: Recipe) -> dict:
+  """The same for `features.write`."""
+  return {"device_count": recipe.devices, "shard": recipe.shard, "shard_patterns": recipe.shard_patterns}
 
 
 def augmentation(recipe: Recipe) -> data.Augmentation:

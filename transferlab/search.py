@@ -3,6 +3,7 @@ import jax
 import numpy as np
 
 from transferlab import cost, devices, methods
+from transferlab.evaluate import known_of
 from transferlab.method import Context, Method, forward
 from transferlab.progress import Progress
 from transferlab.stage import Stage
@@ -89,14 +90,15 @@ class Score:
     """Whether each variant classifies each example right, [K, N]."""
     vary, found = self.stacked(variants), []
     for batch in self.loader:
-      rows = batch["weight"] > 0
-      predicted = np.asarray(self.program(self.arrays, self.put(batch), vary))[:, :len(rows)]              # [K, B]
-      found.append(predicted[:, rows] == batch["label"][rows])
+      put = self.put(batch)
+      predicted, known = devices.whole((self.program(self.arrays, put, vary), known_of(put)))              # [K, B]
+      rows = known["weight"] > 0
+      found.append(predicted[:, rows] == known["label"][rows])
     return np.concatenate(found, axis=1)
 
   def put(self, batch: dict) -> dict:
-    """What predicting takes of a batch, on the devices."""
-    wanted = {name: batch[name] for name in ("image", "activations", "weight") if name in batch}
+    """What predicting and counting take of a batch, on the devices."""
+    wanted = {name: batch[name] for name in ("image", "activations", "label", "weight") if name in batch}
     return devices.put_batch(wanted, self.stage.mesh)
 
   def stacked(self, variants: list[dict]) -> dict:

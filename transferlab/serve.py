@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transferlab import backbones, data, methods
+from transferlab import backbones, data, devices, distributed, methods
 from transferlab.backbones import zoo
 from transferlab.backbones.spec import Preprocessing
-from transferlab.backbones.weights import Weights, export_timm, image_tower, load_weights, with_logits
+from transferlab.backbones.weights import Weights, export_timm, image_tower, load_weights, weights_hash, with_logits
 from transferlab.checkpoint import Adapter, check_backbone, load_adapter
 from transferlab.evaluate import Evaluation, evaluate as count, make_predict
 from transferlab.files import atomic, write_json
@@ -162,7 +162,8 @@ def evaluate(classifier: Classifier, task: data.Task, split: str = "test", *, ba
              bad_images: str = "error", quiet: bool = False) -> Evaluation:
   """Counts a classifier's predictions on a split of a task, or on "all" of it; classes are matched by name.
 
-  The test split of a task with `test_classes` is evaluated among those.
+  The test split of a task with `test_classes` is evaluated among those. Several processes share out the images, and
+  each returns the count of all.
   """
   unnamed = classifier.class_names == tuple(map(str, range(len(classifier.class_names))))
   if unnamed and not set(task.class_names) <= set(classifier.class_names):
@@ -172,15 +173,32 @@ def evaluate(classifier: Classifier, task: data.Task, split: str = "test", *, ba
   task = task.relabel(classifier.class_names)
   names = list(task.splits) if split == "all" else [split]
   task.check(names)
-  total = None
+  total, logits, mesh, own = None, classifier.logits, None, None
+  if distributed.hosts()[1] > 1:
+    distributed.compare("evaluation", {
+        "data": task.split_hash(), "split": split, "batch_size": batch_size, "bad_images": bad_images,
+        "classes": list(classifier.class_names), "weights": classifier.weights.hash, "method": classifier.method.name,
+        "trainable": weights_hash(classifier.trainable, classifier.weights.spec)})
+    mesh = devices.make_mesh()
+    logits, own = _on(mesh, classifier), devices.own_rows(mesh, batch_size)
   for name in names:
-    loader = data.eval_loader(task.splits[name], classifier.preprocessing, batch_size=batch_size, bad_images=bad_images)
-    for problem in loader.problems:
+    split, problems = task.splits[name], ()
+    if mesh:
+      split, problems = data.read_once(split, bad_images, None, distributed.hosts(), distributed.gather)
+    loader = data.eval_loader(split, classifier.preprocessing, batch_size=batch_size, bad_images=bad_images, own=own)
+    for problem in problems or loader.problems:
       say(f"skipped: {problem}")
     among = task.test_classes if name == "test" else ()
-    found = count(classifier.logits, loader, len(classifier.class_names), among=among, quiet=quiet)
+    found = count(logits, loader, len(classifier.class_names), among=among, mesh=mesh, quiet=quiet)
     total = found if total is None else total.plus(found)
   return total
+
+
+def _on(mesh, classifier: Classifier) -> Callable:
+  """The `logits` of a classifier for batches on the devices of a mesh."""
+  run = make_predict(classifier.method, backbones.build(classifier.weights.spec), classifier.preprocessing)
+  arrays = devices.replicate((classifier.trainable, classifier.state, classifier.frozen), mesh)
+  return lambda images, weight: run(*arrays, images, weight)
 
 
 def predict_files(classifier, files, *, top: int = 1, batch_size: int = 32, bad_images: str = "error",

@@ -1,4 +1,5 @@
 """A stage: one method trained for one duration, from the newest checkpoint or from the start; `train.fit` runs them."""
+import contextlib
 import dataclasses
 import time
 from typing import Any
@@ -7,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transferlab import backbones, config, cost, data, devices, ensembles
+from transferlab import backbones, config, cost, data, devices, ensembles, preemption, sharding
 from transferlab import features as features_lib
 from transferlab.backbones.weights import Weights
-from transferlab.checkpoint import Checkpoints
 from transferlab.evaluate import collect_members, evaluate, make_predict, make_predict_members
 from transferlab.method import Method, classes, needed
 from transferlab.optim import make_optimiser, schedule
 from transferlab.progress import Progress, say
-from transferlab.recipe import Recipe, train_loader
+from transferlab.recipe import Recipe, mesh_of, places, train_loader
+from transferlab.resume import Checkpoints
 from transferlab.step import compile_step, make_step, start
 
 
@@ -49,9 +50,10 @@ class Stage:
     self.method, self.task, self.recipe, self.folder, self.index = method, task, recipe, folder, index
     self.quiet, self.tell = quiet, (lambda message: None) if quiet else say
     self.preprocessing, self.num_classes = weights.preprocessing, len(task.class_names)
-    self.mesh = devices.make_mesh(recipe.devices or None)
+    self.mesh = mesh_of(recipe)
+    split = sharding.plan(weights.params, self.mesh, recipe.shard_patterns)
     self.dtype = devices.compute_dtype(recipe.dtype)
-    self.backbone = backbones.build(weights.spec, self.dtype)
+    self.backbone = backbones.build(weights.spec, self.dtype, split)
     self.weights, self.cache = weights, None
     if features and features_lib.cacheable(method, weights.spec):
       self.cache = features_lib.of_recipe(features, recipe)
@@ -67,17 +69,19 @@ class Stage:
     self.checkpoint_every = steps("checkpoint_every")
 
     known = classes(method, task.class_names, weights.tokenizer)
-    trainable, state = method.init(jax.random.key(recipe.seed), weights.params, known)
-    if not jax.tree.leaves(trainable):
-      self.total = 0  # there is nothing to train
-    self.rate = schedule(recipe.optim, max(self.total, 1), per_epoch, B)
-    self.optimiser = make_optimiser(recipe.optim, self.rate, trainable)
-    # The frozen parameters are cast once; a method that trains the backbone itself keeps no second copy of it.
-    prepared = method.prepare(weights.params, state)
+    with devices.on_host() if split else contextlib.nullcontext():
+      trainable, state = method.init(jax.random.key(recipe.seed), weights.params, known)
+      if not jax.tree.leaves(trainable):
+        self.total = 0  # there is nothing to train
+      self.rate = schedule(recipe.optim, max(self.total, 1), per_epoch, B)
+      self.optimiser = make_optimiser(recipe.optim, self.rate, trainable)
+      # The frozen parameters are cast once; a method that trains the backbone itself keeps no second copy of it.
+      prepared = method.prepare(weights.params, state)
+      # The run is donated in every step: its arrays are copies, whatever init took from the frozen parameters.
+      run = start(*jax.tree.map(jnp.array, (trainable, state)), self.optimiser)
     kept = needed(method, prepared, weights.spec.depth, cached=self.cache is not None)
-    self.frozen = devices.replicate(devices.cast(kept, weights.params, self.dtype), self.mesh)
-    # The run is donated in every step: its arrays are copies, whatever init took from the frozen parameters.
-    self.run = devices.replicate(start(*jax.tree.map(jnp.array, (trainable, state)), self.optimiser), self.mesh)
+    self.frozen = sharding.place(kept, weights.params, self.dtype, self.mesh, split)
+    self.run = jax.tree.map(devices.put, run, sharding.of_run(run, self.mesh, split))
     self.predict = make_predict(method, self.backbone, self.preprocessing)
     self.best: dict[str, Any] = {}
     self.keeps_best = self.val_loader is not None and recipe.select == "best"  # else the last is chosen anyhow
@@ -95,6 +99,8 @@ class Stage:
                        class_weights=class_weights, domains=self.task.splits["train"].domain_count)
       return compile_step(step, self.run, self.frozen, batch, remat=recipe.remat)
     rows = len(batch["weight"])
+    if not self.index and (said := devices.padding(self.loader.rows_per_step, self.mesh)):
+      self.tell(said)
     if recipe.micro_batch < 0:
       step, parts = cost.largest_that_fits(compiled, rows, self.mesh.size)
     else:
@@ -112,8 +118,7 @@ class Stage:
 
   def kept(self, cache, name: str, split: data.Split) -> features_lib.Features:
     """A split's activations; those that an earlier stage did not read are written now."""
-    features_lib.write(cache, self.weights, self.method.reads, {name: split}, device_count=self.recipe.devices,
-                       quiet=self.quiet)
+    features_lib.write(cache, self.weights, self.method.reads, {name: split}, **places(self.recipe), quiet=self.quiet)
     return features_lib.Features(cache, self.weights, self.method.reads, name, split)
 
   def eval_loader(self, split):
@@ -132,7 +137,12 @@ class Stage:
     return scores(found, self.task.domain_names, among)
 
   def train(self) -> "Stage":
-    """Trains from the newest checkpoint, or from the start, to the end; then holds the chosen trainable and state."""
+    """Trains from the newest checkpoint, or from the start, to the end; then holds the chosen trainable and state.
+
+    Raises:
+      NotFinite: with the last good checkpoint.
+      preemption.Preempted: with a checkpoint of the step that was finished.
+    """
     if not self.total:
       return self.without_training()
     batches = iter(self.loader)
@@ -146,7 +156,8 @@ class Stage:
     if 0 < done < self.total:
       batch = devices.put_batch(next(batches), self.mesh)
     clock, since = time.monotonic(), done
-    with Progress(self.total, "training", done=done, quiet=self.quiet) as progress:
+    with (preemption.saving() if checkpoints else contextlib.nullcontext(),
+          Progress(self.total, "training", done=done, quiet=self.quiet) as progress):
       while done < self.total:
         self.run, metrics = step(self.run, self.frozen, batch)
         done += 1
@@ -163,8 +174,14 @@ class Stage:
           progress.update(0, f"loss {row['loss']:.4f}")
         if self.val_loader and (last or done % self.evaluate_every == 0):
           self.validate(done, progress)
-        if checkpoints and (last or done % self.checkpoint_every == 0):
+        leaves = bool(checkpoints) and preemption.due()
+        if leaves:
+          self.check_finite(checkpoints)
+        if checkpoints and (last or leaves or done % self.checkpoint_every == 0):
           self.save(checkpoints, done)
+        if leaves:
+          self.folder.close()
+          preemption.leave(f"a checkpoint of step {done} is written, the same command resumes")
         progress.update()
         if not last:  # after saving, so that the saved position is that of the finished steps
           batch = devices.put_batch(next(batches), self.mesh)
@@ -239,7 +256,7 @@ class Stage:
     """Raises `NotFinite` if any step so far was not."""
     bad = int(self.run.nan_step)
     if bad >= 0:
-      good = checkpoints.manager.latest_step() if checkpoints else None
+      good = checkpoints.last if checkpoints else None
       where = f"the last good checkpoint is of step {good}" if good is not None else "there is no checkpoint yet"
       raise NotFinite(f"loss, gradient or parameters are not finite at step {bad}; {where}. Lower optim.lr, set "
                       "optim.clip=1.0, or use dtype='float32', in another workdir")
@@ -256,7 +273,7 @@ class Stage:
 
   def restore(self, checkpoints: Checkpoints) -> int:
     """Takes up the newest checkpoint, if there is one; returns the number of finished steps."""
-    found = checkpoints.restore(self.kept_arrays())
+    found = checkpoints.restore(self.kept_arrays(), self.tell)
     self.folder.truncate(self.index, found[0] if found else 0)
     stage = f"stage {self.index}: " if self.index else ""
     if not found:

@@ -111,11 +111,16 @@ def compile_step(step, run, *others, remat: bool = False):
   """Compiles a step of (run, *others) ahead of time, for arrays or for shapes; the run alone is donated, and leaves as
   it came, on the same devices."""
   options, places = {}, jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), run)
-  if jax.default_backend() == "cpu":
+  on = {device.platform for place in jax.tree.leaves(places) for device in place.device_set} or {jax.default_backend()}
+  if "cpu" in on:
     # On CPU XLA drops the barriers around what is to be computed again before it joins equal expressions, and so keeps
     # much of it after all. Without that pass, ViT-B/16 at batch 32, MiB: DTL 1764 for 2302, with remat 965 for 1393;
     # LoRA with remat 968 for 1989; full 5344 for 5789.
     options["xla_disable_hlo_passes"] = "cse_barrier_expander"
+    if not all(place.is_fully_replicated for place in jax.tree.leaves(places)):
+      # It joins the sums of all gradients over the devices, so that those of a divided backbone would all be whole at
+      # the same time. Accelerators' compilers scatter such a sum, at half of what is moved here.
+      options["xla_disable_hlo_passes"] += ",cpu-all-reduce-combiner"
     if remat:  # the default scheduler ignores memory, and rematerialisation then saves none
       options["xla_cpu_scheduler_type"] = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
   lowered = jax.jit(step, donate_argnums=0, out_shardings=(places, None)).lower(run, *others)

@@ -3,7 +3,8 @@
     workdir/<task>/seed_<seed>/     each a run as `train.fit` leaves it
 
 The same command goes on after an interruption: finished runs are not repeated, a run that was cut is resumed. Tasks
-that are absent are reported and left out; a run that fails is reported and the next one starts.
+that are absent are reported and left out; a run that fails is reported and the next one starts. Several processes train
+each run together; what fails in only some of them ends all.
 """
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl
 
-from transferlab import data, experiment
+from transferlab import data, distributed, experiment
 from transferlab.data import entries
 from transferlab.progress import say
 from transferlab.report import pixels_from
 from transferlab.tree import nearest
+
+
+PATIENCE = 20.0  # seconds that a process which failed waits for the others to fail as well
 
 
 class Outcome(NamedTuple):
@@ -56,7 +60,7 @@ def opened(suite: str, config: str, overrides: Mapping[str, str] | None, seeds: 
     raise ValueError(f"suite {suite!r} is unknown; nearest: {nearest(suite, data.SUITES)[0]}; all: "
                      f"{', '.join(data.SUITES)}")
   configs = {(name, seed): _load(config, overrides, name, seed) for name in data.SUITES[suite] for seed in seeds}
-  present, absent = _sources(data.SUITES[suite], configs, seeds[0])
+  present, absent = distributed.agree(_sources(data.SUITES[suite], configs, seeds[0]))
   for line in absent:
     tell(f"left out: {line}")
   if not present:
@@ -74,13 +78,19 @@ def folder_of(workdir, name: str) -> Path:
 
 
 def each(calls: Mapping[str, Callable], tell: Callable) -> tuple[list, list[str]]:
-  """What the calls return, and a line for each that failed, which does not stop the next."""
+  """What the calls return, and a line for each that failed, which does not stop the next.
+
+  Of several processes, which all call this alike, no other can go on where only some fail: there the error is raised.
+  """
   done, failed = [], []
   for number, (what, call) in enumerate(calls.items(), 1):
     tell(f"{number}/{len(calls)} {what}")
     try:
       done.append(call())
     except (ValueError, RuntimeError, OSError) as error:  # what a user can mend; the next task may be fine
+      def give_up(_, error=error):
+        raise error
+      distributed.meet(f"failed {what}", None, give_up, PATIENCE)
       failed.append(f"{what}: {' '.join(str(error).split())}")
       tell(f"failed: {failed[-1]}")
   return done, failed

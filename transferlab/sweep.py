@@ -1,13 +1,17 @@
 """Sweeps: train a grid of configurations, choose one on validation, train that with several seeds and open test once.
 
     workdir/config.json        what was asked for, the grid apart
-    workdir/sweep.jsonl        the ledger: a row for every grid point, and for every member of its method
+    workdir/sweep.jsonl        the ledger: a row for every grid point, and for every member of its method; of several
+                               processes each writes its own, sweep.1.jsonl and so on, and all of them count
     workdir/best.json          the choice
     workdir/final/seed_<n>/    runs of the choice, as `train.fit` leaves them
 
 Points that differ in numbers only train side by side, see `grid.py` and `heads.py`; each trains as `train.fit` would,
 except that all see the images in one order, that of the configuration's seed. The test split is taken away before
 anything else. An interrupted sweep goes on where its ledger ends, and a larger grid adds to it.
+
+Several processes share out the groups or, of fewer groups than processes, their points, and then the seeds; each trains
+its own alone. A sweep goes on with any number of them: what is in a ledger stands, whoever wrote it.
 """
 import dataclasses
 import functools
@@ -15,11 +19,11 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from transferlab import choice, data, devices, experiment, features, methods, suite as suite_lib
+from transferlab import choice, data, dealing, devices, distributed, experiment, features, methods, suite as suite_lib
 from transferlab import grid as grid_lib
 from transferlab.checkpoint import versions
 from transferlab.choice import Candidate, Ledger
@@ -79,23 +83,43 @@ def run(config, grid: Mapping[str, Sequence], workdir, *, folds: int = 0, contig
                      "0, 1, 2")
   tell = (lambda message: None) if quiet else say
   sweep = Sweep(config, grid_lib.points(config, grid), folds, contiguous, quiet)
+  distributed.compare("sweep", {**sweep.asked, "seeds": list(seeds), "points": [p.values for p in sweep.points],
+                                "hash": choice.point_hash({"points": sweep.hashes})})
   ledger = Ledger(workdir, sweep.asked)
   sweep.fill(ledger)
   rows = [ledger.rows[key] for key in sweep.hashes]
   found = choice.candidates([point.values for point in sweep.points], rows, sweep.criterion)
   tell(f"chosen of {len(found)}: {found[0]}; val {sweep.criterion} {found[0].score:.4f}")
   changes = sweep.changes(found[0])
-  write_json(ledger.folder.path / "best.json", {
-      **found[0]._asdict(), "criterion": sweep.criterion, "candidates": len(found),
-      "config": grid_lib.changed(config, changes).to_dict()})
-  finals = []
-  for seed in seeds:
-    path = ledger.folder.path / "final" / f"seed_{seed}"
-    tell(f"final run: {path}")
-    base = config if final is None else final(seed) if isinstance(final, Callable) else final
-    result = experiment.run(grid_lib.changed(base, {**changes, "seed": seed}), path, quiet).result
-    finals.append({**result, "path": str(path)})
+  if distributed.first():
+    write_json(ledger.folder.path / "best.json", {
+        **found[0]._asdict(), "criterion": sweep.criterion, "candidates": len(found),
+        "config": grid_lib.changed(config, changes).to_dict()})
+  base = lambda seed: config if final is None else final(seed) if isinstance(final, Callable) else final
+  finals = train_finals({ledger.folder.path / "final" / f"seed_{seed}": grid_lib.changed(
+      base(seed), {**changes, "seed": seed}) for seed in seeds}, tell, quiet)
   return Outcome(found, sweep.criterion, [row for point in rows for row in point], finals)
+
+
+def train_finals(configs: dict[Path, Any], tell: Callable, quiet: bool) -> list[dict]:
+  """The ledger rows of the final runs, each with its `path`; processes take turns, each trains its own alone.
+
+  Args:
+    configs: {folder: configuration}.
+  """
+  if not configs:
+    return []
+  place, count = distributed.hosts()
+  def work() -> None:
+    for path in list(configs)[place::count]:
+      tell(f"final run: {path}")
+      experiment.run(configs[path], path, quiet)
+  if len(configs) < count:
+    tell(f"{len(configs)} final runs for {count} processes: {count - len(configs)} wait")
+  done = lambda: sum((path / "result.json").exists() for path in configs)
+  dealing.apart("finals", work, lambda other: tell(
+      f"waiting for process {other}: {done()} of {len(configs)} final runs are finished"))
+  return [{**json.loads((path / "result.json").read_text()), "path": str(path)} for path in configs]
 
 
 class Sweep:
@@ -151,16 +175,30 @@ class Sweep:
     self.criterion = criterion(self.recipe, scored)
 
   def fill(self, ledger: Ledger) -> None:
-    """Trains what the ledger lacks, and notes it there, chunk by chunk."""
-    left = {number for number, key in enumerate(self.hashes) if key not in ledger.rows}
+    """Trains what the ledger lacks, and notes it there, chunk by chunk; of several processes each trains its share."""
+    left = set(distributed.agree([number for number, key in enumerate(self.hashes) if key not in ledger.rows]))
     each = 1 if self.folds is None else self.rows[0]["folds"]
     self.tell(f"{len(self.points)} grid points in {len(self.groups)} group{'s'[:len(self.groups) != 1]}, {len(left)} "
               f"to train, {'scored on val' if each == 1 else f'{each} folds'}: {len(left) * each} heads")
     ledger.begin()
-    for place, group in enumerate(self.groups, 1):
-      if missing := [number for number in group.methods if number in left]:
-        self.tell(f"group {place} of {len(self.groups)}: {len(missing)} points of {group.sites[0].name}")
-        self.train(group, missing, each, ledger)
+    place, count = distributed.hosts()
+    shares = dealing.shares([[n for n in group.methods if n in left] for group in self.groups], count)
+    if count > 1:
+      sizes = [sum(len(points) for _, points in share) for share in shares]
+      self.tell(f"points for processes 0 to {count - 1}: {', '.join(map(str, sizes))}"
+                + f"; {sizes.count(0)} of them have nothing to train and wait" * (0 in sizes))
+    def work() -> None:
+      for number, points in shares[place]:
+        group = self.groups[number]
+        self.tell(f"group {number + 1} of {len(self.groups)}: {len(points)} points of {group.sites[0].name}")
+        self.train(group, points, each, ledger)
+    def waiting(other: int) -> None:
+      ledger.refresh()
+      self.tell(f"waiting for process {other}: {len(ledger.rows.keys() & set(self.hashes))} of {len(self.points)} grid "
+                "points are trained")
+    dealing.apart("points", work, waiting)
+    if count > 1:
+      ledger.refresh(self.hashes)
 
   def train(self, group: grid_lib.Group, missing: list[int], each: int, ledger: Ledger) -> None:
     """Trains the missing points of a group, with as many heads for `each` as there are folds."""
@@ -220,7 +258,7 @@ class Sweep:
         **self.rows[number], "point_hash": self.hashes[number], "values": self.points[number].values,
         "member": member, "member_count": len(by_fold), "test": None, "seed": self.points[number].recipe.seed,
         "val": choice.over_folds(found, self.criterion), "by_fold": found, "group": group.name, **costs,
-        "device": jax.devices()[0].device_kind, "versions": versions(),
+        "device": jax.local_devices()[0].device_kind, "versions": versions(),
     } for member, found in by_fold.items()]
 
   def changes(self, chosen: Candidate) -> dict:

@@ -25,11 +25,12 @@ import optax
 from transferlab import backbones, cost, devices, losses, methods, tree
 from transferlab.backbones.spec import Preprocessing
 from transferlab.backbones.weights import Weights, weights_hash
-from transferlab.checkpoint import Checkpoints, load_adapter, save_adapter
+from transferlab.checkpoint import load_adapter, save_adapter
 from transferlab.evaluate import make_predict
 from transferlab.method import Context, Method, classes, collect, forward, needed, sizes, visitor
 from transferlab.methods import classifier
 from transferlab.optim import Optim, make_optimiser
+from transferlab.resume import Checkpoints
 from transferlab.step import compile_step, make_step, start, to_inputs
 
 ROWS = 8     # of the batch; the last is padding, so that equal parts of it have unequal weight

@@ -2,11 +2,13 @@
 
     workdir/config.json             what was asked for, resolved
     workdir/metrics.jsonl           a line per log and per evaluation
-    workdir/checkpoints/stage_0/    to resume from
+    workdir/checkpoints/stage_0/    to resume from, the last two
+    workdir/lock                    held by the run that is there now
     workdir/adapter.safetensors     the result
     workdir/result.json             one ledger row
     workdir/tensorboard/            the scalars again, where tensorboardX is installed (the [log] extra)
 """
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,14 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transferlab import data, distributed, methods, search
+from transferlab import data, devices, distributed, methods, search
 from transferlab import features as features_lib
 from transferlab.backbones.weights import Weights, image_tower
 from transferlab.checkpoint import load_adapter, save_adapter, versions
 from transferlab.method import Method, classes, sizes, stages
 from transferlab.methods.clip_text import SLOT
 from transferlab.progress import Progress, say
-from transferlab.recipe import Recipe, changed
+from transferlab.recipe import Recipe, changed, places
 from transferlab.stage import Stage
 from transferlab.workdir import Workdir
 
@@ -57,6 +59,7 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   Raises:
     ValueError: anything about the request, before the first step.
     stage.NotFinite: with the step and the last good checkpoint.
+    preemption.Preempted: with a checkpoint of the step that was finished, where signals are `preemption.handled`.
   """
   began = time.monotonic()
   tell = (lambda message: None) if quiet else say
@@ -70,13 +73,14 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   else:
     features_lib.check_without(first, recipe)
   # A run that may be finished is recognised before its images are decoded, unless some of them may be left out.
-  early = recipe.bad_images == "skip" or workdir is None or not (Path(workdir) / "result.json").exists()
+  early = recipe.bad_images == "skip" or workdir is None or not distributed.agree(
+      (Path(workdir) / "result.json").exists())
   whole, task = task, readable(task, recipe.bad_images, tell, quiet) if early else task
   asked = request(weights, method if isinstance(method, str) else first.name, first.options, task, recipe, whole,
                   bool(features))
+  distributed.compare("run", asked)
   folder = None if workdir is None else Workdir(workdir, asked)
-  if folder and isinstance(method, str) and distributed.agree((folder.path / "result.json").exists()) and (
-      finished := finished_run(folder)):
+  if folder and isinstance(method, str) and (finished := finished_run(folder)):
     tell(f"finished run: {folder.path}")
     return finished
   task = task if early else readable(task, recipe.bad_images, tell, quiet)
@@ -85,9 +89,10 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
        + f", {len(task.class_names)} classes")
   if features:
     features_lib.write(features_lib.of_recipe(features, recipe), weights, first.reads, task.splits,
-                       device_count=recipe.devices, quiet=quiet)
-  last = train_stages(first, weights, task, recipe, folder, quiet, features)
-  return conclude(asked, weights, task, last, folder, began)
+                       **places(recipe), quiet=quiet)
+  with contextlib.closing(folder) if folder else contextlib.nullcontext():
+    last = train_stages(first, weights, task, recipe, folder, quiet, features)
+    return conclude(asked, weights, task, last, folder, began)
 
 
 def check_arguments(weights: Weights, task: data.Task, tell) -> None:
@@ -155,8 +160,9 @@ def conclude(asked: dict, weights: Weights, task: data.Task, last: Stage, folder
   if folder:
     adapter = folder.path / "adapter.safetensors"
     notes = {**{key: asked[key] for key in ("task", "split_hash", "recipe")}, "val": last.val, "test": test}
+    arrays = devices.whole((last.trainable, last.state))
     if distributed.first():
-      save_adapter(adapter, last.method, last.trainable, last.state, weights=weights, class_names=task.class_names,
+      save_adapter(adapter, last.method, *arrays, weights=weights, class_names=task.class_names,
                    notes=notes)
     result = folder.finish(result)
     distributed.barrier("result")
@@ -189,7 +195,7 @@ def request(weights: Weights, method: str, options: dict, task: data.Task, recip
 def finished_run(folder: Workdir) -> Fit | None:
   """The run that stands in a folder, if it came to its end."""
   result, path = folder.result(), folder.path / "adapter.safetensors"
-  if result is None or not path.exists():
+  if result is None or not distributed.agree(path.exists()):
     return None
   adapter = load_adapter(path)
   return Fit(adapter.method, adapter.trainable, adapter.state, result, path)
@@ -223,11 +229,14 @@ def readable(task: data.Task, bad_images: str, tell, quiet: bool) -> data.Task:
   This is the one time that the files of a small task are decoded: its splits read from memory afterwards.
   All splits are decoded, test included: whether files decode is no result, and it has to be known before training.
   """
+  sizes = {name: len(split) for name, split in task.splits.items()}
+  distributed.compare("data", {"task": task.name, "images": sizes, "split_hash": task.split_hash(),
+                               "bad_images": bad_images})
   splits, skipped = {}, 0
   for name, split in task.splits.items():
     with Progress(len(split), f"checking {name}", quiet=quiet) as progress:
       seen = lambda done, total, progress=progress: progress.update(done - progress.done)
-      splits[name], problems = data.read_once(split, bad_images, seen)
+      splits[name], problems = data.read_once(split, bad_images, seen, distributed.hosts(), distributed.gather)
     for problem in problems:
       tell(f"skipped: {problem}")
     skipped += len(problems)

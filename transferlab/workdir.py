@@ -4,19 +4,20 @@ import json
 import tempfile
 from pathlib import Path
 
-from transferlab import config, distributed, tree
+from transferlab import config, distributed, storage, tree
 from transferlab.files import atomic, write_json
+from transferlab.progress import say
 
 
 class Workdir:
   """A run's folder. It belongs to one configuration; another one is refused with the differences.
 
-  Nothing is written before `begin`, so that a request which is refused leaves nothing behind to undo. Of several
-  processes the first one writes.
+  Nothing is written before `begin`, so that a request which is refused leaves nothing behind to undo; from then until
+  `close` no other run can take the folder. Of several processes the first one writes.
   """
 
   def __init__(self, path, asked: dict):
-    self.path, self.asked, self.board = Path(path), asked, None
+    self.path, self.asked, self.board, self.lock = Path(path), asked, None, None
     whole = self.path.absolute()
     existing = next(folder for folder in (whole, *whole.parents) if folder.exists())
     try:
@@ -35,10 +36,18 @@ class Workdir:
                        "another --workdir, or delete it to start over")
 
   def begin(self) -> None:
-    """Takes the folder, once everything is known to fit."""
-    if not distributed.first():
-      return
+    """Takes the folder, once everything is known to fit; all processes call this.
+
+    Raises:
+      ValueError: another run has it, or not all processes see it.
+    """
+    if distributed.first():
+      self._take()
+    storage.check_shared(self.path, "workdir")
+
+  def _take(self) -> None:
     self.path.mkdir(parents=True, exist_ok=True)
+    self.lock = self.lock or storage.lock(self.path, "workdir", say)
     write_json(self.path / "config.json", self.asked)
     for name in ("config.json", "metrics.jsonl", "adapter.safetensors", "result.json"):
       for left_over in self.path.glob(f".{name}.*"):  # of a write that was killed
@@ -47,17 +56,23 @@ class Workdir:
       from tensorboardX import SummaryWriter
       self.board = self.board or SummaryWriter(str(self.path / "tensorboard"), flush_secs=10)
 
+  def close(self) -> None:
+    """Lets another run take the folder, its log being written."""
+    for each in (self.board, self.lock):
+      if each:
+        each.close()
+    self.board = self.lock = None
+
   def result(self) -> dict | None:
+    """The ledger row of a finished run, the same in all processes, which call this together."""
     path = self.path / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return distributed.agree(json.loads(path.read_text()) if distributed.first() and path.exists() else None)
 
   def finish(self, result: dict) -> dict:
     """Writes the ledger row once; a finished run's row stays as it is."""
     known = self.result()
     if known is None and distributed.first():
       write_json(self.path / "result.json", result)
-    if self.board:
-      self.board.close()
     return known or result
 
   def log(self, row: dict) -> None:

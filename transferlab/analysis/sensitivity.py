@@ -1,12 +1,11 @@
 """DTL's accuracy, memory and time by M, the block after which it first writes (Fu et al. 2024, arXiv 2312.07856, figure
 4): from the ledgers of sweeps over options.first_write."""
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from transferlab import plots, report
+from transferlab import choice, plots, report
 from transferlab.analysis.accuracy import alike_but, alike_tasks
 from transferlab.analysis.selected import in_order
 from transferlab.papers.table import numbers
@@ -38,19 +37,16 @@ def ledgers(paths: Sequence) -> list[dict]:
   Raises:
     ValueError: no sweep, or a ledger that no sweep wrote.
   """
-  files = sorted({file for path in paths for file in Path(path).rglob("sweep.jsonl")})
-  if not files:
+  folders = sorted({file.parent for path in paths for file in Path(path).rglob("sweep*.jsonl")})
+  if not folders:
     raise ValueError(f"no sweep in {', '.join(map(str, paths))}; expected folders with sweep.jsonl, which "
                      "`transferlab sweep` leaves")
   rows = []
-  for file in files:
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-      try:
-        row = json.loads(line)
-        rows.append({**row, "path": f"{file} line {number}", "options": dict(row["options"]), "val": dict(row["val"])})
-      except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} line {number} is no row of a sweep; delete the line, its point is then trained "
-                         "again") from None
+  for file, number, row in (line for folder in folders for line in choice.lines(folder)):
+    try:
+      rows.append({**row, "path": f"{file} line {number}", "options": dict(row["options"]), "val": dict(row["val"])})
+    except (ValueError, KeyError, TypeError):
+      raise choice.no_row(file, number) from None
   return rows
 
 

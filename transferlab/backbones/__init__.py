@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from transferlab.backbones.clip import CLIP, Towers, at_end as at_end
 from transferlab.backbones.clip_spec import CLIPSpec
+from transferlab.backbones.gathering import divided
 from transferlab.backbones.resnet import ResNet
 from transferlab.backbones.spec import ResNetSpec, SwinSpec, ViTSpec
 from transferlab.backbones.swin import Swin
@@ -40,15 +41,21 @@ class Backbone(NamedTuple):
   dtype: Any = jnp.float32
 
 
-def build(spec, dtype=jnp.float32) -> Backbone:
-  """The backbone of a spec, computing in `dtype` (parameters are cast on use)."""
+def build(spec, dtype=jnp.float32, split: dict | None = None) -> Backbone:
+  """The backbone of a spec, computing in `dtype` (parameters are cast on use).
+
+  Args:
+    split: {name: NamedSharding} of the parameters that devices divide among themselves, see `sharding.plan`; none by
+      default.
+  """
   module = FAMILIES[spec.family][1](spec, dtype)
 
   def init(rng):
     return module.init(rng, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example(spec)))["params"]
 
   def apply(params, inputs, visit=ignore, carry=(), *, start=0, remat_from=None):
-    return module.apply({"params": params}, inputs, visit, carry, start=start, remat_from=remat_from)
+    return module.apply({"params": divided(params, split or {})}, inputs, visit, carry, start=start,
+                        remat_from=remat_from)
 
   return Backbone(spec, init, apply, dtype)
 
@@ -119,6 +126,8 @@ for _name, _size, _patch, _side, _text, _embed in (("b32", "b", 32, 224, 512, 51
                                                    ("l14_336", "l", 14, 336, 768, 768)):
   ARCHITECTURES[f"clip_vit_{_name}"] = CLIPSpec(
       f"clip_vit_{_name}", _side, _patch, *_SIZES[_size], _text, 12, _text // 64, 4 * _text, _embed)
+ARCHITECTURES["clip_vit_bigg14"] = CLIPSpec(  # mlfoundations/open_clip, model_configs/ViT-bigG-14.json
+    "clip_vit_bigg14", 224, 14, *_SIZES["G"], 1280, 32, 20, 5120, 1280, gelu="erf")
 ARCHITECTURES["clip_tiny_test"] = CLIPSpec("clip_tiny_test", 16, 4, 16, 3, 2, 32, 24, 2, 2, 48, 12, 64, 16)
 
 _RESNETS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # He et al. 2016 table 1

@@ -15,7 +15,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from transferlab.backbones.clip_spec import CLIPSpec, TextSpec
-from transferlab.backbones.vit import Block, LayerNorm, ViT, ignore
+from transferlab.backbones.gathering import meet
+from transferlab.backbones.vit import Block, Dense, LayerNorm, ViT, ignore
 
 
 class Towers(NamedTuple):
@@ -41,8 +42,9 @@ class TextTower(nn.Module):
   @nn.compact
   def __call__(self, ids, visit=ignore, carry=(), remat: bool = False):
     spec, D, T = self.spec, self.spec.width, ids.shape[1]
-    table = self.param("tokens", nn.initializers.normal(0.02), (spec.vocabulary, D))
-    carry, x = visit(carry, "embed", table[ids].astype(self.dtype), ids)                   # [P, T, D]
+    table = self.param("tokens", nn.initializers.normal(0.02), (spec.vocabulary, D), unbox=False)
+    x = meet(lambda ids, table: table[ids], ids, table).astype(self.dtype)
+    carry, x = visit(carry, "embed", x, ids)                                               # [P, T, D]
     pos = self.param("pos", nn.initializers.normal(0.01), (spec.context, D))
     x = x + pos[:T].astype(x.dtype)
     causal = jnp.where(jnp.tril(jnp.ones((T, T), bool)), 0.0, -jnp.inf)[None, None]        # [1, 1, T, T]
@@ -75,12 +77,12 @@ class CLIP(nn.Module):
     if images is not None:
       tower = ViT(spec.image, dtype, name="image")
       image, carry = tower(images, under("image", visit), carry, start=start, remat_from=remat_from)
-      image = nn.Dense(spec.embed_width, use_bias=False, dtype=dtype, name="image_projection")(pooled := image)
+      image = Dense(spec.embed_width, False, dtype, name="image_projection")(pooled := image)
       carry, image = visit(carry, "image/projected", image, pooled)                        # [B, d]
     if ids is not None:
       tower = TextTower(spec.text, dtype, name="text")
       text, carry = tower(ids, under("text", visit), carry, remat_from is not None)
-      text = nn.Dense(spec.embed_width, use_bias=False, dtype=dtype, name="text_projection")(pooled := text)
+      text = Dense(spec.embed_width, False, dtype, name="text_projection")(pooled := text)
       carry, text = visit(carry, "text/projected", text, pooled)                           # [P, d]
     if self.is_initializing():  # of cosines; what multiplies them is its exponential
       self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())

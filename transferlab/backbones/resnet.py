@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
+from transferlab.backbones.gathering import meet
 from transferlab.backbones.spec import ResNetSpec
 from transferlab.backbones.vit import Dense, ignore
 
@@ -47,11 +48,14 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x):
     shape = (self.size, self.size, x.shape[-1], self.features)
-    kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-    if self.standardised:
-      kernel = standardise(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
-    return lax.conv_general_dilated(x, kernel.astype(self.dtype), (self.stride, self.stride), "VALID",
-                                    dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    kernel = self.param("kernel", nn.initializers.he_normal(), shape, unbox=False)
+
+    def convolve(x, kernel):
+      if self.standardised:
+        kernel = standardise(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
+      return lax.conv_general_dilated(x, kernel.astype(self.dtype), (self.stride, self.stride), "VALID",
+                                      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return meet(convolve, x, kernel)
 
 
 class Norm(nn.Module):

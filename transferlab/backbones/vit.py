@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from transferlab.backbones.gathering import meet
 from transferlab.backbones.spec import ViTSpec
 
 
@@ -111,9 +112,12 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    y = nn.Dense(self.features, self.use_bias, self.dtype)
-    nn.share_scope(self, y)
-    return y(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), unbox=False)
+    kernel = jax.tree.map(lambda leaf: leaf.astype(self.dtype), kernel)  # before it is gathered
+    y = meet(jnp.matmul, x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel)
+    if self.use_bias:
+      y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+    return y.reshape(*x.shape[:-1], self.features)
 
 
 class Block(nn.Module):

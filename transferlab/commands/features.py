@@ -1,5 +1,5 @@
 """`transferlab features`: the activations that heads train from."""
-from transferlab.commands.flags import BACKBONE, define, parse, required
+from transferlab.commands.flags import BACKBONE, DISTRIBUTED, define, join, parse, required
 
 
 def features(argv: list[str]) -> None:
@@ -16,10 +16,12 @@ def features(argv: list[str]) -> None:
                   preprocessing=("", "changes to the weights' own, e.g. crop=squash"),
                   logits=(False, "read a ResNet's own classifier too"), batch_size=(64, "images at once"),
                   bad_images=("error", "error, or skip to leave out images that cannot be read"),
-                  download=(False, "fetch a zoo entry"), dry_run=(False, "only print the size"))
+                  download=(False, "fetch a zoo entry"), dry_run=(False, "only print the size"),
+                  **DISTRIBUTED)
   parse(values, argv, features)
   required(values, "backbone", "data", "out")
-  from transferlab import data, experiment, inform, methods
+  join(values)
+  from transferlab import data, distributed, experiment, inform, methods
   from transferlab import features as features_lib
   from transferlab.progress import say
   from transferlab.recipe import Recipe
@@ -30,6 +32,8 @@ def features(argv: list[str]) -> None:
   weights = experiment.weights_of(experiment.Experiment(**{name: values[name].value for name in shared}))
   method = methods.build(values.method, weights.spec, **inform.options(values.options))
   features_lib.check(method, weights.spec, recipe)
+  distributed.compare("request", {"weights": weights.hash, "method": method.name, "options": method.options, **same,
+                                  "dtype": values.dtype, "compute": values.compute, "batch_size": values.batch_size})
   task = data.from_string(values.data, values.data_dir)
   if not values.dry_run:
     task = features_lib.verified(values.out, weights, method.reads, task, recipe)

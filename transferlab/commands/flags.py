@@ -1,10 +1,17 @@
 """Flags of the verbs: each verb has its own, defined where it reads them."""
+import os
 import re
+import sys
 from collections.abc import Callable
 
 from absl import flags
 
 BACKBONE = (None, "zoo name, weights file or folder, or hf:owner/name")
+DISTRIBUTED = {
+    "distributed": (False, "this is one of several processes of a run, which all are given the same command"),
+    "coordinator": ("", "HOST:PORT of process 0; found on TPU pods, SLURM, Open MPI and Kubernetes, as the next two"),
+    "processes": (0, "how many there are"), "process": (-1, "which one this is, from 0"),
+    "connect_timeout": (300, "seconds to wait for the others")}
 
 
 def define(**strings) -> flags.FlagValues:
@@ -30,6 +37,27 @@ def parse(values: flags.FlagValues, argv: list[str], verb: Callable, files: bool
   if rest and not files:
     raise ValueError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
   return rest
+
+
+def join(values: flags.FlagValues) -> None:
+  """Joins the processes of a run where --distributed says so; nothing may have touched JAX's devices.
+
+  Standard output is process 0's alone, as the messages are.
+  """
+  given = [name for name in DISTRIBUTED if values[name].present]
+  if not values.distributed:
+    if given:
+      raise ValueError(f"--{given[0]} goes with --distributed, which is not given; add it, or leave --{given[0]} out")
+    return
+  from transferlab import distributed, preemption
+  # JAX's collectives on CPU greet each other on file descriptor 1; scripts read results there.
+  descriptor, nowhere = sys.stdout.fileno(), open(os.devnull, "w")
+  sys.stdout = open(os.dup(descriptor), "w", encoding=sys.stdout.encoding)
+  os.dup2(nowhere.fileno(), descriptor)
+  distributed.connect(values.coordinator, values.processes, values.process, values.connect_timeout)
+  preemption.listen()
+  if not distributed.first():
+    sys.stdout = nowhere
 
 
 def required(values: flags.FlagValues, *names: str) -> None:

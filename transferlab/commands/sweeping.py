@@ -1,7 +1,7 @@
 """`transferlab sweep`."""
 from absl import flags
 
-from transferlab.commands.flags import config_changes, define, parse, required, seeds
+from transferlab.commands.flags import DISTRIBUTED, config_changes, define, join, parse, required, seeds
 from transferlab.commands.training import conclude
 
 
@@ -17,7 +17,7 @@ def sweep(argv: list[str]) -> None:
                   final=("", "further arguments of the config file for the final runs, e.g. phase=final"),
                   nofinal=(False, "stop after the choice"), seeds=("0,1,2", "of the final runs"),
                   suite=("", "sweep every task of this suite that is present, each with a choice of its own"),
-                  data_dir=("", "folder of the data sets of suites; same as --config.data_dir"))
+                  data_dir=("", "folder of the data sets of suites; same as --config.data_dir"), **DISTRIBUTED)
   overrides, rest = config_changes(argv)
   parse(values, rest, sweep)
   required(values, "config", "workdir")
@@ -25,6 +25,7 @@ def sweep(argv: list[str]) -> None:
   from transferlab import grid as grid_lib
   how = {"folds": values.folds, "contiguous": values.contiguous, "seeds": [] if values.nofinal else seeds(values.seeds)}
   grid = grid_lib.parse(values.grid)
+  join(values)
   if values.suite:
     _suite(values, grid, overrides, how)
     return

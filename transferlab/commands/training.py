@@ -1,7 +1,7 @@
 """`transferlab train`."""
 from absl import flags
 
-from transferlab.commands.flags import config_changes, define, parse, required, seeds
+from transferlab.commands.flags import DISTRIBUTED, config_changes, define, join, parse, required, seeds
 
 
 def train(argv: list[str]) -> None:
@@ -12,13 +12,15 @@ def train(argv: list[str]) -> None:
                   data_dir=("", "folder of the data sets of suites; same as --config.data_dir"),
                   config=("", "config file, its arguments after a colon; --config.KEY=value changes any key"),
                   bad_images=("", "error, or skip images that cannot be read; same as --config.bad_images"),
-                  micro_batch=("", "images computed at once, or auto for as many as fit; same as --config.micro_batch"))
+                  micro_batch=("", "images computed at once, or auto for as many as fit; same as --config.micro_batch"),
+                  **DISTRIBUTED)
   overrides, rest = config_changes(argv)
   parse(values, rest, train)
   required(values, "config", "workdir")
   overrides |= {name: values[name].value for name in ("bad_images", "micro_batch", "data_dir") if values[name].value}
   if overrides.get("micro_batch") == "auto":
     overrides["micro_batch"] = "-1"
+  join(values)
   if values.suite:
     _train_suite(values, overrides)
     return

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from transferlab.commands.flags import BACKBONE, define, parse, required, words
+from transferlab.commands.flags import BACKBONE, DISTRIBUTED, define, join, parse, required, words
 
 WITHOUT_ADAPTER = {
     "classes": ("", "names of the classes, dog,cat or a JSON list; in a head's order, or what a CLIP is to tell apart"),
@@ -30,10 +30,11 @@ def evaluate(argv: list[str]) -> None:
                   out=("", "folder for confusion.csv and confusion.png; the adapter's own by default"),
                   batch_size=(64, "images at once"),
                   bad_images=("error", "error, or skip to leave out images that cannot be read"),
-                  json=(False, "print one JSON object"))
+                  json=(False, "print one JSON object"), **DISTRIBUTED)
   parse(values, argv, evaluate)
   required(values, "data")
-  from transferlab import data, serve
+  join(values)
+  from transferlab import data, distributed, serve
   from transferlab.evaluate import write_confusion
   task = data.from_string(values.data, values.data_dir)
   _check(values)
@@ -51,7 +52,7 @@ def evaluate(argv: list[str]) -> None:
     print(f"accuracy {found.accuracy:.4f}   mean per class {found.mean_per_class:.4f}   loss {found.loss:.4f}   "
           f"images {int(found.confusion.sum())}")
   out = values.out or (values.adapter and Path(values.adapter).parent)
-  if out:
+  if out and distributed.first():
     written = write_confusion(found, classifier.class_names, out)
     print(*written, sep="\n", file=sys.stderr if values.json else sys.stdout)
 

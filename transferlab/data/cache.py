@@ -48,18 +48,55 @@ def check_images(split: Split, bad_images: str = "error", progress: Progress | N
   return examples.split, examples.problems
 
 
-def read_once(split: Split, bad_images: str = "error", progress: Progress | None = None
-              ) -> tuple[Split, tuple[str, ...]]:
+def read_once(split: Split, bad_images: str = "error", progress: Progress | None = None,
+              hosts: tuple[int, int] = (0, 1), gather: Callable | None = None) -> tuple[Split, tuple[str, ...]]:
   """As `check_images`, and the split that comes back reads from memory if the originals take at most `CACHE_BYTES`.
 
   A split known to be readable, such as arrays in memory, comes back as it is.
+
+  Args:
+    hosts, gather: place and number of the processes that share the pass, and value -> [the value of each]. All learn
+      of the same problems; only a split that then lies in memory is decoded whole by each of them.
   """
   if split.verified:
     return split, ()
+  if hosts[1] > 1:
+    return _read_together(split, bad_images, progress, hosts, gather)
   examples = load(split, None, cache="auto", bad_images=bad_images, progress=progress)
   if examples.images is None:
     return examples.split, examples.problems
   return replace(examples.split, read=_Kept(examples.images)), examples.problems
+
+
+def _read_together(split: Split, bad_images: str, progress: Progress | None, hosts: tuple[int, int],
+                   gather: Callable) -> tuple[Split, tuple[str, ...]]:
+  """`read_once` of one of several processes."""
+  place, count = hosts
+  N, kept, problems, size = len(split), {}, [], 0
+  own = range(place, N, count)
+  shown = progress and (lambda done, _: progress(min(done * count, N), N))
+  for row, image in zip(own, _decode_all(split, None, shown, own)):
+    if isinstance(image, BadImage):
+      problems.append((row, str(image)))
+      continue
+    size += image.nbytes
+    if size <= CACHE_BYTES:
+      kept[row] = image
+    else:
+      kept.clear()
+  found = gather({"problems": problems, "bytes": size})
+  lost = dict(sorted(problem for each in found for problem in map(tuple, each["problems"])))
+  problems, rows = tuple(lost.values()), [row for row in range(N) if row not in lost]
+  _report(split, problems, bad_images)
+  whole = replace(split.select(rows) if lost else split, verified=True)
+  if sum(each["bytes"] for each in found) > CACHE_BYTES:
+    return whole, problems
+  others = [row for row in rows if row % count != place]
+  for row, image in zip(others, _decode_all(split, None, None, others)):
+    if isinstance(image, BadImage):  # another process could read it
+      raise image
+    kept[row] = image
+  return replace(whole, read=_Kept([kept[row] for row in rows])), problems
 
 
 @dataclass(frozen=True)
@@ -111,8 +148,9 @@ def load(split: Split, preprocessing: Preprocessing | None, *, cache: bool | str
   return Examples(split, np.array(rows, np.int32), kept[:len(rows)] if keep else None, tuple(problems))
 
 
-def _decode_all(split: Split, preprocessing: Preprocessing | None, progress: Progress | None
-                ) -> Iterator[np.ndarray | BadImage]:
+def _decode_all(split: Split, preprocessing: Preprocessing | None, progress: Progress | None,
+                rows: Sequence[int] | None = None) -> Iterator[np.ndarray | BadImage]:
+  """The images of `rows`, by default of all, in order; what was raised in place of one that cannot be read."""
   def one(row: int) -> np.ndarray | BadImage:
     try:
       image = split.picture(row) if preprocessing else split.read(row)
@@ -120,15 +158,16 @@ def _decode_all(split: Split, preprocessing: Preprocessing | None, progress: Pro
       return e
     return preprocess(image, preprocessing) if preprocessing else image
 
+  rows = range(len(split)) if rows is None else rows
   with ThreadPoolExecutor(THREADS) as pool:
-    for start in range(0, len(split), 256):  # `map` hands out all its work at once; in parts, few images are in flight
-      stop = min(start + 256, len(split))
-      yield from pool.map(one, range(start, stop))
+    for start in range(0, len(rows), 256):  # `map` hands out all its work at once; in parts, few images are in flight
+      stop = min(start + 256, len(rows))
+      yield from pool.map(one, rows[start:stop])
       if progress:
-        progress(stop, len(split))
+        progress(stop, len(rows))
 
 
-def _report(split: Split, problems: list[str], bad_images: str) -> None:
+def _report(split: Split, problems: Sequence[str], bad_images: str) -> None:
   if len(problems) == len(split):
     raise DataError(f"none of the {len(split)} images of split {split.name!r} can be read; first: {problems[0]}")
   if problems and bad_images == "error":

@@ -12,6 +12,10 @@ Every batch is a dict of numpy arrays with B = batch_size rows (as many of every
 The randomness of an example depends on the seed, the epoch and its place in it, and on nothing that ran before: that is
 why resuming, and any number of workers, give the same pixels.
 """
+import multiprocessing
+import os
+import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -245,7 +249,8 @@ def _iterate(batches, workers: int, cached: bool) -> Iterator[Batch]:
     from absl import flags
     if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which nobody parses in a notebook or a test
       flags.FLAGS.mark_as_parsed()
-    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+                                  worker_init_fn=_begin_worker)
   iterator = iter(batches)
   try:
     for batch in iterator:
@@ -253,3 +258,12 @@ def _iterate(batches, workers: int, cached: bool) -> Iterator[Batch]:
       yield {name: np.array(values) for name, values in batch.items()} if workers else batch
   finally:
     iterator.close()
+
+
+def _begin_worker(*_) -> None:
+  """Leaves the signals that a scheduler sends to all of a job to the process that wants the batches, which has a step
+  to finish and to save; and ends when that process does."""
+  for name in ("SIGTERM", "SIGUSR1"):
+    if hasattr(signal, name):
+      signal.signal(getattr(signal, name), signal.SIG_IGN)
+  threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()

@@ -4,14 +4,14 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from transferlab import data, devices, methods
+from transferlab import data, devices, distributed, methods
 from transferlab import recipe as recipes
 from transferlab.backbones.weights import Weights
 from transferlab.data.augment import Augmentation
 from transferlab.features.cache import Cache, Features, complete
 from transferlab.features.fill import write
 from transferlab.method import Method
-from transferlab.recipe import Recipe, augmentation
+from transferlab.recipe import Recipe, augmentation, places
 
 
 def of_recipe(folder, recipe: Recipe) -> Cache:
@@ -62,18 +62,18 @@ def check_without(method: Method, recipe: Recipe) -> None:
 
 def verified(folder, weights: Weights, reads: dict, task: data.Task, recipe: Recipe) -> data.Task:
   """The task, those of its splits marked as readable whose activations are all kept: their images are not needed."""
-  cache, splits = of_recipe(folder, recipe), {}
+  cache, kept = of_recipe(folder, recipe), []
   for name, split in task.splits.items():
     with contextlib.suppress(data.BadImage):  # among the first images, which are part of the key
       if complete(cache, weights, reads, name, split):
-        split = dataclasses.replace(split, verified=True)
-    splits[name] = split
-  return dataclasses.replace(task, splits=splits)
+        kept.append(name)
+  marked = {name: dataclasses.replace(task.splits[name], verified=True) for name in distributed.agree(kept)}
+  return dataclasses.replace(task, splits={**task.splits, **marked})
 
 
-def train_loader(features: Features, task: data.Task, weights: Weights, recipe: Recipe) -> data.TrainLoader:
+def train_loader(features: Features, task: data.Task, weights: Weights, recipe: Recipe, mesh=None) -> data.TrainLoader:
   """As `recipe.train_loader`, batches of activations."""
-  return recipes.train_loader(recipe, task, weights.preprocessing, features.take)
+  return recipes.train_loader(recipe, task, weights.preprocessing, features.take, mesh)
 
 
 def eval_loader(features: Features, split: data.Split, weights: Weights, batch_size: int, own=None) -> data.EvalLoader:
@@ -83,7 +83,7 @@ def eval_loader(features: Features, split: data.Split, weights: Weights, batch_s
 
 
 def loaders(folder, weights: Weights, reads: dict, task: data.Task, recipe: Recipe, *, evaluate=None,
-            quiet: bool = False) -> tuple[data.TrainLoader, dict[str, data.EvalLoader]]:
+            mesh=None, quiet: bool = False) -> tuple[data.TrainLoader, dict[str, data.EvalLoader]]:
   """Batches of activations for everything that a task is trained and evaluated on; what is missing is written first.
 
   Args:
@@ -92,6 +92,7 @@ def loaders(folder, weights: Weights, reads: dict, task: data.Task, recipe: Reci
     task: its images have to be readable where they are not all cached.
     recipe: see `check`, which is the caller's to call.
     evaluate: names of the splits to evaluate on, without augmentation; all but "train" by default.
+    mesh: of which the batches are this process's rows, where several share it.
 
   Returns:
     (batches of "train" without end, {name: batches of a split, once}).
@@ -99,11 +100,13 @@ def loaders(folder, weights: Weights, reads: dict, task: data.Task, recipe: Reci
   cache = of_recipe(folder, recipe)
   names = [name for name in task.splits if name != "train"] if evaluate is None else evaluate
   write(cache, weights, reads, {name: split for name, split in task.splits.items() if name == "train" or name in names},
-        device_count=recipe.devices, quiet=quiet)
+        **places(recipe), quiet=quiet)
   plain = dataclasses.replace(cache, views=0)
   if cache.views and "train" in names:
-    write(plain, weights, reads, {"train": task.splits["train"]}, device_count=recipe.devices, quiet=quiet)
+    write(plain, weights, reads, {"train": task.splits["train"]}, **places(recipe), quiet=quiet)
+  rows = max(recipe.batch_size, 32)
+  own = mesh and devices.own_rows(mesh, rows)
   of_split = lambda name: eval_loader(
-      Features(plain, weights, reads, name, task.splits[name]), task.splits[name], weights, max(recipe.batch_size, 32))
-  train = train_loader(Features(cache, weights, reads, "train", task.splits["train"]), task, weights, recipe)
+      Features(plain, weights, reads, name, task.splits[name]), task.splits[name], weights, rows, own)
+  train = train_loader(Features(cache, weights, reads, "train", task.splits["train"]), task, weights, recipe, mesh)
   return train, {name: of_split(name) for name in names}

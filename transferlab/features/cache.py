@@ -104,7 +104,7 @@ class Features:
   def __init__(self, cache: Cache, weights: Weights, reads: dict, name: str, split: data.Split):
     found, wanted = stores(cache, weights, name, split), columns(weights.spec, reads)
     self._rows, self.bytes_per_image = found[0].rows, found[0].bytes(set(wanted.values()))
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     stats = device.platform != "cpu" and device.memory_stats() or {"bytes_limit": 3 * RESIDENT_BYTES}
     self.resident = len(found) * len(self) * self.bytes_per_image <= stats["bytes_limit"] / 3
     kept = [{column: self._kept(store, column) for column in set(wanted.values())} for store in found]
@@ -116,7 +116,7 @@ class Features:
     if not self.resident:
       return values
     store.check(column, values)
-    return jax.device_put(np.array(values), jax.devices()[0])
+    return jax.device_put(np.array(values), jax.local_devices()[0])
 
   def __len__(self) -> int:
     return self._rows

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transferlab import backbones, config, cost, data, devices
+from transferlab import backbones, config, cost, data, devices, distributed
 from transferlab.heads.program import Head, chunk_size, make_heads_scores, make_heads_step, run_shapes, settings
 from transferlab.method import Method, classes, needed
 from transferlab.optim import schedule
@@ -34,19 +34,25 @@ class Shared:
     self.folds = None if folds is None else np.asarray(folds, np.int32)
     self.keep_logits, self.keep_trainables, self.quiet = keep_logits, keep_trainables, quiet
     self.tell = (lambda message: None) if quiet else say
-    self.limit = cost.available_bytes() - cost.held_bytes() if memory_limit is None else memory_limit
+    free = cost.available_bytes() - cost.held_bytes() if memory_limit is None else memory_limit
+    self.limit = min(distributed.gather(free))
     self.num_classes, self.split = len(task.class_names), "val" if folds is None else "train"
-    self.loader, rest = loaders or (train_loader(recipe, task, weights.preprocessing), {})
+    given, mesh = mesh, mesh or devices.make_mesh(recipe.devices or None)
+    self.loader, rest = loaders or (train_loader(recipe, task, weights.preprocessing, None, mesh), {})
+    rows = max(recipe.batch_size, 32)
     self.eval_loader = rest.get(self.split) if loaders else data.eval_loader(
-        task.splits[self.split], weights.preprocessing, batch_size=max(recipe.batch_size, 32))
+        task.splits[self.split], weights.preprocessing, batch_size=rows, own=devices.own_rows(mesh, rows))
     if self.eval_loader is None:
       raise ValueError(f"loaders have {', '.join(rest) or 'nothing'} to evaluate on; expected {self.split!r}")
     self.position = self.loader.get_state()
     first = next(iter(self.loader))
     self.cached = "activations" in first
-    if mesh is None:
-      number = recipe.devices or jax.device_count()
-      mesh = devices.make_mesh(number, math.gcd(number, count) if self.cached else 1)
+    if given is None and self.cached:
+      mesh = devices.make_mesh(mesh.size, math.gcd(mesh.size, count))
+    own = devices.own_rows(mesh, self.loader.rows_per_step)
+    if own and len(first["weight"]) != own[1] - own[0]:
+      raise ValueError(f"loaders give this process {len(first['weight'])} rows of a batch; expected its own "
+                       f"{own[1] - own[0]}; make the loaders and train the heads with the same mesh")
     self.mesh, self.sharding = mesh, devices.along_heads(mesh)
     self.first = self.put(first)
     self.backbone, self.frozen = backbones.build(weights.spec, devices.compute_dtype(recipe.dtype)), {}
@@ -115,6 +121,10 @@ class Shared:
     elif method.prompts:
       return self.frozen
     found = needed(method, params, self.weights.spec.depth, self.cached)
+    if self.recipe.shard != 1 and (found or not self.cached):
+      raise ValueError(f"heads that train side by side need the whole backbone on every device, and shard is "
+                       f"{self.recipe.shard}; set shard=1, train them one by one, or from cached activations with a "
+                       "method that only reads")
     for name in found.keys() - self.frozen.keys():
       new = devices.cast({name: found[name]}, self.weights.params, self.backbone.dtype)
       self.frozen |= devices.replicate(new, self.mesh)
@@ -132,4 +142,4 @@ class Shared:
     labels = self.task.splits["train"].labels
     weights = lambda fold: data.class_weights(labels if fold < 0 else labels[self.folds != fold], self.num_classes)
     found = settings(heads, rates, weights if self.recipe.class_weights == "balanced" else None)
-    return jax.device_put(found, self.sharding)
+    return devices.put(found, self.sharding)

@@ -1,13 +1,14 @@
 """Training K heads on one task: through the stages of their method, in chunks that fit the memory."""
 import functools
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transferlab import data
+from transferlab import data, devices
 from transferlab.backbones.weights import Weights
 from transferlab.heads.program import choose, start_heads
 from transferlab.heads.scores import Scores, Trained, joined
@@ -31,7 +32,9 @@ def train_heads(method: Method, weights: Weights, task: data.Task, recipe: Recip
     loaders: (train loader, {split: evaluation loader}) to take batches from, of cached activations say; with folds the
       split "train" is among them. By default images are decoded and run through the backbone.
     memory_limit: bytes of one device, by default what is available.
-    mesh: by default all devices of the recipe share out the batch, and with cached activations the heads.
+    mesh: by default all devices of the recipe share out the batch, and with cached activations the heads. Of a mesh
+      that several processes share, all of them call this alike, with loaders of their own rows (`features.loaders` of
+      the same mesh), and all get all of the result.
     keep_logits: keep the logits of the validation rows.
     keep_trainables: False where only scores are wanted: K copies of a backbone are large.
     finished: called with (first, chunk) after each chunk: the place of its first head, and what `train_heads` would
@@ -112,7 +115,7 @@ def train_chunk(shared: Shared, lanes: list[Lane], stage: int) -> Trained:
       run, logs = step(run, heads, frozen, shared.put(next(batches)))
       last = done == shared.total
       if last or done % shared.log_every == 0:  # waits for the devices, so that batches never pile up before them
-        progress.update(0, f"median loss {np.median(jax.device_get(logs['loss'])):.4f}")
+        progress.update(0, f"median loss {np.median(devices.whole(logs['loss'])):.4f}")
       judging = shared.best and done % shared.evaluate_every == 0 or last and (shared.best or not method.then)
       if done == 1 or judging or last:
         clock.stop(run, done)
@@ -125,14 +128,16 @@ def train_chunk(shared: Shared, lanes: list[Lane], stage: int) -> Trained:
       if done == 1 or judging:
         clock.start()
       progress.update()
-  lanes = judged(shared, lanes, np.asarray(run.nan_step), stage)
+  lanes = judged(shared, lanes, devices.whole(run.nan_step), stage)
   trainable = run.trainable if best is None else best
   if method.then:
-    of = lambda k: jax.tree.map(lambda leaf: leaf[k], (trainable, run.state))
+    ended = trainable, run.state
+    ended = ended if shared.sharding.is_fully_addressable else devices.whole(ended)
+    of = lambda k: jax.tree.map(lambda leaf: jnp.asarray(leaf[k]), ended)
     lanes = [lane._replace(method=lane.method.then(*of(k))) for k, lane in enumerate(lanes)]
-    del run, best, trainable  # before the next stage takes its memory
+    del run, best, trainable, ended  # before the next stage takes its memory
     return train(shared, lanes, stage + 1)
-  arrays = jax.device_get((run.trainable, run.state)) if shared.keep_trainables else (None, None)
+  arrays = devices.whole((run.trainable, run.state)) if shared.keep_trainables else (None, None)
   return Trained(method, tuple(lane.head for lane in lanes), *arrays,
                  scores.of_heads([lane.finite for lane in lanes]), [len(lanes)], shared.peak, logits,
                  clock.seconds_per_step())
@@ -163,18 +168,20 @@ def start(shared: Shared, lanes: list[Lane]):
   known = shared.classes(lanes[0].method)  # its texts are the same for all lanes
   made = [lane.method.init(jax.random.key(lane.head.seed), shared.weights.params, known) for lane in lanes]
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)  # copies: the run is donated in every step
-  return jax.device_put(start_heads(*stacked, shared.recipe.optim), shared.sharding)
+  return devices.put(start_heads(*stacked, shared.recipe.optim), shared.sharding)
 
 
 def measure(shared: Shared, of_batch: Callable, keep: bool):
   """({member: sums [K, G, 3]} over the validation rows, {split: logits [K, members, N, C]} or None)."""
   sums, logits = {}, {}
   for batch in shared.eval_loader:
-    rows = int((batch["weight"] > 0).sum())
-    for member, (found, values) in of_batch(shared.put(batch)).items():
-      sums[member] = sums.get(member, 0) + np.asarray(found, np.float64)
+    put = shared.put(batch)
+    each = OrderedDict((member, found if keep else found[:1]) for member, found in of_batch(put).items())
+    each, weight = devices.whole((each, put["weight"]))
+    for member, (found, *values) in each.items():
+      sums[member] = sums.get(member, 0) + found.astype(np.float64)
       if keep:
-        logits.setdefault(member, []).append(np.asarray(values)[:, :rows])
+        logits.setdefault(member, []).append(values[0][:, weight > 0])
   if not keep:
     return sums, None
   members = [member for member in logits if member] or [""]

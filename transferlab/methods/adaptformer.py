@@ -31,8 +31,7 @@ def adaptformer(spec, *, dim: int = 8, scale: float = 0.1, dropout: float = 0.1,
   widths = check_dim(spec, dim)
 
   def init_block(rng, D):
-    bound = D ** -0.5  # Kaiming-uniform with a = sqrt(5), fan-in D
-    down = {"kernel": jax.random.uniform(rng, (D, dim), minval=-bound, maxval=bound)}
+    down = {"kernel": classifier.uniform(rng, (D, dim), D)}
     up = {"kernel": jnp.zeros((dim, D))}
     if bias:
       down["bias"], up["bias"] = jnp.zeros(dim), jnp.zeros(D)

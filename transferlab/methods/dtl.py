@@ -130,9 +130,10 @@ def _init(plan: _Plan, rng, frozen, num_classes: int):
   side = {}
   for i in plan.summed:
     D = spec.block(i).width
-    side[_block(i)] = {"a": _uniform(keys[i], (D, plan.rank), D ** -0.5), "b": jnp.zeros((plan.rank, D))}
+    side[_block(i)] = {"a": classifier.uniform(keys[i], (D, plan.rank), D), "b": jnp.zeros((plan.rank, D))}
   for i in sorted({stage.index(stage[j]) for j in plan.writers}) if kernel else ():
-    filters = _uniform(jax.random.fold_in(keys[i], 1), (kernel, kernel, spec.block(i).width), 1 / kernel)
+    shape = kernel, kernel, spec.block(i).width
+    filters = classifier.uniform(jax.random.fold_in(keys[i], 1), shape, kernel * kernel)
     side[f"stage_{stage[i]}"] = {"kernel": filters}
   return {"side": side, "classifier": classifier.init(rng_head, spec.width, num_classes)}, {}
 
@@ -182,10 +183,6 @@ def _block(index: int) -> str:
 def _stages(spec) -> list[int]:
   """The stage of every block."""
   return [spec.block(i).stage for i in range(spec.depth)]
-
-
-def _uniform(rng, shape: tuple, bound: float):
-  return jax.random.uniform(rng, shape, minval=-bound, maxval=bound)
 
 
 def _swish(beta: float, h):

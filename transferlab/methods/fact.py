@@ -48,7 +48,7 @@ def fact_tt(spec, *, rank: int = 16, scale: float = 1.0, dropout: float = 0.1) -
   def init_cores(rng):
     shapes = {"qkv": (rank, 3 * rank), "proj": (rank, rank), "fc1": (rank, pieces * rank), "fc2": (pieces * rank, rank)}
     keys = jax.random.split(rng, (spec.depth, len(shapes)))
-    return {f"block_{i:02d}": {place: _uniform(keys[i, j], shape, shape[0] ** -0.5)
+    return {f"block_{i:02d}": {place: classifier.uniform(keys[i, j], shape, shape[0])
                                for j, (place, shape) in enumerate(shapes.items())} for i in range(spec.depth)}
 
   sigma = lambda fact, block, place: fact[block][place]
@@ -101,7 +101,7 @@ def _fact(name, spec, rank, scale, dropout, options, init_cores, sigma) -> Metho
 
   def init(rng, frozen, num_classes):
     rng_head, rng_cores, *keys = jax.random.split(rng, 2 + len(widths))
-    shared = {stage: {"u": _uniform(key, (D, rank), D ** -0.5), "v": jnp.zeros((rank, D))}
+    shared = {stage: {"u": classifier.uniform(key, (D, rank), D), "v": jnp.zeros((rank, D))}
               for key, (stage, D) in zip(keys, widths.items())}
     return {"fact": {**shared, **init_cores(rng_cores)},
             "classifier": classifier.init(rng_head, spec.width, num_classes)}, {}

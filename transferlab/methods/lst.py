@@ -93,8 +93,7 @@ def _check(spec, reduction: int, init: str, readout: str, layers: tuple) -> None
 
 def _dense_init(rng, fan_in: int, fan_out: int) -> dict:
   """As torch starts a dense layer."""
-  bound = fan_in ** -0.5
-  drawn = jax.random.uniform(rng, (1 + fan_in, fan_out), minval=-bound, maxval=bound)
+  drawn = classifier.uniform(rng, (1 + fan_in, fan_out), fan_in)
   return {"kernel": drawn[1:], "bias": drawn[0]}
 
 

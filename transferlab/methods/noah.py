@@ -91,8 +91,7 @@ def start(spec, rng, sizes: dict, num_classes: int, compat: str | None) -> dict:
     of_a, of_b = jax.random.split(rng)
     if compat == "noah":
       return {"a": _STD * jax.random.normal(of_a, (D, R)), "b": _STD * jax.random.normal(of_b, (R, 3 * D))}
-    bound = D ** -0.5  # Kaiming-uniform with a = sqrt(5), fan-in D
-    return {"a": jax.random.uniform(of_a, (D, R), minval=-bound, maxval=bound), "b": jnp.zeros((R, 3 * D))}
+    return {"a": classifier.uniform(of_a, (D, R), D), "b": jnp.zeros((R, 3 * D))}
 
   def bottleneck(rng, N):
     down, up = jax.random.split(rng)

@@ -5,13 +5,12 @@ three ratios; T and the number of steps are deduced from them, its formulas were
 slides' text are damaged: `head2toe.json` names those.
 """
 import functools
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from transferlab import backbones, tree
+from transferlab import backbones, choice, tree
 from transferlab.methods.head2toe import layout_of
 from transferlab.methods.head2toe_features import count_of
 from transferlab.papers.table import Table, accuracies, numbers
@@ -139,8 +138,8 @@ def _chosen_by_a_sweep(row: dict) -> bool:
   """
   folder = Path(row["path"]).parent
   try:
-    lines = (folder.parent / "sweep.jsonl").read_text().splitlines() if folder.name == "final" else ()
-    return {json.loads(line)["method"] for line in lines} == {"head2toe", "head2toe_ft"}
+    lines = choice.lines(folder.parent) if folder.name == "final" else ()
+    return {line.row["method"] for line in lines} == {"head2toe", "head2toe_ft"}
   except (OSError, ValueError, KeyError, TypeError):
     return False
 

@@ -23,7 +23,8 @@ _TIMM_NAMES = {  # timm needs a name it has registered; model_args then override
     "vit_l16": "vit_large_patch16_224", "vit_l32": "vit_large_patch32_224", "vit_h14": "vit_huge_patch14_224",
     "vit_g14": "vit_giant_patch14_224", "vit_gigantic14": "vit_gigantic_patch14_224",
     "clip_vit_b32": "vit_base_patch32_clip_224", "clip_vit_b16": "vit_base_patch16_clip_224",
-    "clip_vit_l14": "vit_large_patch14_clip_224", "clip_vit_l14_336": "vit_large_patch14_clip_336"}
+    "clip_vit_l14": "vit_large_patch14_clip_224", "clip_vit_l14_336": "vit_large_patch14_clip_336",
+    "clip_vit_bigg14": "vit_gigantic_patch14_clip_224"}
 _TIMM_EPS = {False: 1e-6, True: 1e-5}  # by whether it is a CLIP's image tower
 _TIMM_ACTIVATIONS = {"erf": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
 
