@@ -5,6 +5,7 @@ the bundled backbone and may use anything while nothing uses it.
 """
 import ast
 import configparser
+import functools
 import re
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
   """Absolute names of what a file imports, inside functions too; `from a import b` gives a.b if that is our module."""
   found = set()
   for node in ast.walk(ast.parse(path.read_text())):
@@ -78,7 +80,7 @@ def imports(path: Path) -> set[str]:
       assert node.level == 0, f"{path.name}: relative import; write transferlab.…"
       whole = {f"{node.module}.{alias.name}" for alias in node.names}
       found |= {name if name.removeprefix("transferlab.") in MODULES else node.module for name in whole}
-  return found
+  return frozenset(found)
 
 
 def inside(path: Path) -> set[str]:

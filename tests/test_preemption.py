@@ -149,6 +149,7 @@ def test_who_goes_on_after_failures_does_not_go_on_after_this():
 def first_pair(folder: str) -> None:
   """Trains together, then each alone, in folders that are not shared, and together again until process 1 is told."""
   folder, place = Path(folder), jax.process_index()
+  preemption.LOOK = 60  # process 0 shall hear of it by JAX alone
   preemption.listen()
   run(folder / "together")
   with distributed.alone():

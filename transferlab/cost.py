@@ -1,5 +1,6 @@
 """What a step costs, by XLA's own analysis of the compiled program; nothing is executed and no weights are needed."""
 import contextlib
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from transferlab import backbones, devices, distributed, features, sharding
 from transferlab.backbones.spec import Preprocessing
+from transferlab.collectives import collectives
 from transferlab.method import Method, classes, needed, predict, sizes
 from transferlab.optim import Optim, make_optimiser
 from transferlab.step import compile_step, inputs_of, make_step, start
@@ -18,6 +20,25 @@ class StepCost(NamedTuple):
   """Of one training step."""
   train_flops: float
   train_peak_bytes: int
+
+
+class DeviceCost(NamedTuple):
+  """Of one training step, on each of the devices that share it.
+
+  Fields:
+    frozen_bytes: of the frozen parameters that it holds.
+    run_bytes: of what trains and what the optimiser keeps of it.
+    temporary_bytes: of all that comes and goes in a step, gathered parameters among it.
+    peak_bytes: of these and the batch.
+    flops: its own.
+    received: {kind: bytes from other devices}, see `collectives`.
+  """
+  frozen_bytes: int
+  run_bytes: int
+  temporary_bytes: int
+  peak_bytes: int
+  flops: float
+  received: dict[str, int]
 
 
 def peak_bytes(compiled) -> int:
@@ -121,6 +142,19 @@ def training_step(spec, method: Method, num_classes: int, *, batch_size: int, dt
   step = make_step(method, backbones.build(spec, dtype, split), optimiser, Preprocessing(spec.image_size), num_classes,
                    remat=remat)
   return step, run, frozen, batch
+
+
+def on_devices(spec, method: Method, num_classes: int, *, mesh, patterns=(), **how) -> DeviceCost:
+  """Of one training step on several devices, from shapes alone; arguments as of `compile_training`."""
+  step = compile_training(spec, method, num_classes, mesh=mesh, patterns=patterns, **how)
+  (run, frozen, _), _ = step.args_info
+  split = sharding.plan(backbones.abstract_params(spec), mesh, patterns)
+  def held(tree, places) -> int:
+    size = lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(jax.tree.leaves(jax.tree.map(size, tree, places)))
+  kept = held(frozen, sharding.of_frozen(frozen, mesh, split)), held(run, sharding.of_run(run, mesh, split))
+  return DeviceCost(*kept, int(step.memory_analysis().temp_size_in_bytes), peak_bytes(step), flops(step),
+                    collectives(step))
 
 
 def _placed(run, frozen: dict, batch: dict, mesh, split: dict) -> tuple:

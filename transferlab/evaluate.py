@@ -10,7 +10,7 @@ from transferlab import backbones, data, devices, metrics, plots
 from transferlab.backbones.spec import Preprocessing
 from transferlab.method import Context, Method, forward, predict
 from transferlab.progress import Progress
-from transferlab.step import to_inputs
+from transferlab.step import keeping_barriers, to_inputs
 
 
 class Evaluation(NamedTuple):
@@ -57,14 +57,14 @@ def make_predict(method: Method, backbone: backbones.Backbone, preprocessing: Pr
   on 0 … 255, or cached activations {slot: [B, …]}; weight [B] is 0 for padding."""
   return jax.jit(lambda trainable, state, frozen, inputs, weight=None: predict(
       method, backbone, trainable, state, frozen,
-      inputs if isinstance(inputs, dict) else to_inputs(inputs, preprocessing), weight))
+      inputs if isinstance(inputs, dict) else to_inputs(inputs, preprocessing), weight), **keeping_barriers(backbone))
 
 
 def make_predict_members(method: Method, backbone: backbones.Backbone, preprocessing: Preprocessing) -> Callable:
   """As `make_predict`, of a method that has members: (…) -> {member: logits [B, C] float32}."""
   return jax.jit(lambda trainable, state, frozen, inputs: method.members(forward(
       method, backbone, trainable, inputs if isinstance(inputs, dict) else to_inputs(inputs, preprocessing),
-      Context(state=state, frozen=frozen))))
+      Context(state=state, frozen=frozen))), **keeping_barriers(backbone))
 
 
 def known_of(batch: dict) -> dict:

@@ -6,7 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 
-from transferlab import backbones, cost, features, heads, methods
+from transferlab import backbones, cost, devices, features, heads, methods
 from transferlab.backbones import zoo
 from transferlab.backbones.weights import load_weights, with_logits
 from transferlab.method import Context, Method, classes, forward, sizes
@@ -60,9 +60,7 @@ def costs(spec, method: str | None, method_options: dict, num_classes: int, *, b
           remat: bool = False, cached: bool = False, dtype=jnp.float32) -> list[dict]:
   """A row per method, see `cost.of`; all methods that fit, with their defaults, if `method` is None. A row with
   "first_stage" is of the first of several stages; the adapter that is saved is of the last."""
-  if method is None and method_options:
-    raise ValueError("options belong to one method; give --method")
-  built = {method: methods.build(method, spec, **method_options)} if method else methods.by_default(spec)
+  built = _built(spec, method, method_options)
   if cached and method:
     features.check(built[method], spec)
   elif cached:
@@ -71,6 +69,34 @@ def costs(spec, method: str | None, method_options: dict, num_classes: int, *, b
                                    cached=cached, dtype=dtype)
   stage = lambda each: {"first_stage": True} if each.then else {}
   return [{"method": name, "backbone": spec.name, **row(name, each), **stage(each)} for name, each in built.items()]
+
+
+def _built(spec, method: str | None, method_options: dict) -> dict[str, Method]:
+  """The method that is asked for by its name, or all that fit."""
+  if method is None and method_options:
+    raise ValueError("options belong to one method; give --method")
+  return {method: methods.build(method, spec, **method_options)} if method else methods.by_default(spec)
+
+
+def on_devices(spec, method: str | None, method_options: dict, num_classes: int, count: int, shard: int = 1, *,
+               batch_size: int = 32, **how) -> list[dict]:
+  """A row per method of what a step costs each of `count` devices, of which `shard` at a time share one copy of the
+  backbone (0 for all of them), see `cost.on_devices`. They have to be there, see `devices.pretend`.
+
+  Args:
+    batch_size: images of a step on all devices, filled up to a multiple of their number.
+    how: remat, dtype, as of `cost.of`.
+  """
+  mesh = devices.sharing(count, shard)
+  rows = -(-batch_size // devices.groups(mesh)) * devices.groups(mesh)
+  def row(name, each):
+    adapted = methods.adapted(name, spec)
+    found = cost.on_devices(adapted, each, num_classes, mesh=mesh, batch_size=rows, **how)
+    return {"method": name, "backbone": adapted.name, **sizes(each, backbones.abstract_params(adapted),
+                                                              num_classes)._asdict(), **found._asdict()}
+  known = {"devices": mesh.size, "shard": mesh.shape["shard"], "batch_size": rows}
+  return [{**row(name, each), **known, **({"first_stage": True} if each.then else {})}
+          for name, each in _built(spec, method, method_options).items()]
 
 
 def compared(spec, method: str, method_options: dict, num_classes: int, against: str, *, count: int = 0,

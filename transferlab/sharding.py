@@ -8,7 +8,6 @@ be covered. Batches are split over the same devices, so that each computes its o
 import re
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from transferlab import devices, tree
@@ -89,7 +88,7 @@ def of_run(run, mesh: Mesh, split: dict[str, NamedSharding]):
   what the optimiser keeps of it, are split like a frozen one, and all else is whole."""
   def one(path, leaf):
     own = split.get(f"/{_name(path)}".rpartition("/backbone/")[2])
-    return own if own and len(own.spec) == np.ndim(leaf) else devices.replicated(mesh)
+    return own if own and len(own.spec) == len(leaf.shape) else devices.replicated(mesh)
   return jax.tree_util.tree_map_with_path(one, run)
 
 

@@ -34,11 +34,13 @@ class Backbone(NamedTuple):
       `remat_from` on are recomputed in the backward pass. A CLIP takes and gives `Towers`; its start and remat_from are
       the image tower's, and with remat_from all of the text tower is recomputed, too.
     dtype: that it computes in.
+    split: {name: NamedSharding} of the parameters that devices divide among themselves.
   """
   spec: Any
   init: Callable
   apply: Callable
   dtype: Any = jnp.float32
+  split: dict = {}
 
 
 def build(spec, dtype=jnp.float32, split: dict | None = None) -> Backbone:
@@ -57,7 +59,7 @@ def build(spec, dtype=jnp.float32, split: dict | None = None) -> Backbone:
     return module.apply({"params": divided(params, split or {})}, inputs, visit, carry, start=start,
                         remat_from=remat_from)
 
-  return Backbone(spec, init, apply, dtype)
+  return Backbone(spec, init, apply, dtype, split or {})
 
 
 def image_shape(spec) -> tuple[int, int, int]:

@@ -17,6 +17,8 @@ def _info_flags() -> flags.FlagValues:
                 remat=(False, "recompute adapted blocks"),
                 cached=(False, "costs of training from cached activations, see `transferlab features`"),
                 against=("", "a method to compare --method with, e.g. full"),
+                devices=(0, "costs on each of so many devices, which need not be there"),
+                shard=(1, "with --devices: how many of them share one copy of the backbone, 0 for all"),
                 heads=(0, "with --against: parallel heads, the points of a grid that trains in one program"),
                 logits=(False, "a ResNet with its own classifier as a site, which Head2Toe reads"),
                 sites=(False, "list the backbone's sites with shapes"),
@@ -27,17 +29,25 @@ def info(argv: list[str]) -> None:
   """Shows what methods cost on a backbone, or its sites, from shapes alone."""
   values = _info_flags()
   parse(values, argv, info)
-  for name, least in {"num_classes": 1, "batch_size": 1, "image_size": 0, "heads": 0}.items():
+  for name, least in {"num_classes": 1, "batch_size": 1, "image_size": 0, "heads": 0, "devices": 0, "shard": 0}.items():
     if values[name].value < least:
       raise ValueError(f"--{name} is {values[name].value}; expected {least} or more")
-  from transferlab import inform
+  if values["shard"].present and not values.devices:
+    raise ValueError("--shard is for --devices; give their number, e.g. --devices=8")
+  from transferlab import devices, inform
+  if values.devices:
+    devices.pretend(values.devices)  # before anything asks JAX what it has
   spec, preprocessing = inform.find(values.backbone, values.image_size or None, values.logits)
   if values.sites:
     _sites(inform.site_shapes(spec), values.json)
     return
   how = {"batch_size": values.batch_size, "remat": values.remat, "dtype": _dtype(values.dtype)}
   chosen = values.method or None, inform.options(values.options), values.num_classes
-  if values.against:
+  if values.devices:
+    if values.against or values.cached:
+      raise ValueError("--devices is for training from images; leave --against and --cached out")
+    rows, show = inform.on_devices(spec, *chosen, values.devices, values.shard, **how), _show_devices
+  elif values.against:
     required(values, "method")
     if values.cached:
       raise ValueError("--against compares training from images; leave --cached out")
@@ -54,7 +64,8 @@ def info(argv: list[str]) -> None:
   show(rows, values)
   if staged := [row["method"] for row in rows if row.get("first_stage")]:
     print(f"{', '.join(staged)}: of the first stage alone; what is saved is of the last")
-  print(f"{rows[0]['frozen']:,} frozen parameters; a step of {values.batch_size} images, {values.num_classes} classes, "
+  images = rows[0].get("batch_size", values.batch_size)
+  print(f"{rows[0]['frozen']:,} frozen parameters; a step of {images} images, {values.num_classes} classes, "
         f"{values.dtype}")
 
 
@@ -84,6 +95,22 @@ def _show_costs(rows: list[dict], values: flags.FlagValues) -> None:
                   f"{row['train_peak_bytes'] / 2**20:.0f}", f"{row['adapter_bytes'] / 1e3:.0f}",
                   *[f"{row.get('bytes_per_image', 0) / 1e3:,.0f}"] * values.cached)
   show_table(table)
+
+
+def _show_devices(rows: list[dict], values: flags.FlagValues) -> None:
+  MiB = lambda count: f"{count / 2**20:,.0f}"
+  kinds = sorted({kind for row in rows for kind in row["received"]})
+  table = Table("method", "frozen MiB", "trained MiB", "temporary MiB", "peak MiB", "GFLOP",
+                *(f"{kind} MiB" for kind in kinds))
+  for row in rows:
+    held = [row[name] for name in ("frozen_bytes", "run_bytes", "temporary_bytes", "peak_bytes")]
+    table.add_row(row["method"], *map(MiB, held), f"{row['flops'] / 1e9:,.1f}",
+                  *(f"{row['received'].get(kind, 0) / 2**20:,.2f}" for kind in kinds))
+  show_table(table)
+  size, shard = rows[0]["devices"], rows[0]["shard"]
+  copies = "each with a copy of the backbone" if shard == 1 else f"{shard} sharing a copy of the backbone"
+  print(f"of each of {size} devices, {copies}; with what trains is what its optimiser keeps; of collectives, what the "
+        "device receives, by ring algorithms")
 
 
 def _show_compared(rows: list[dict], values: flags.FlagValues) -> None:

@@ -13,7 +13,7 @@ from transferlab.features.cache import Cache, columns, stores
 from transferlab.features.store import DTYPES, Column, Store
 from transferlab.method import chain, collect, drop_path
 from transferlab.progress import Progress, say
-from transferlab.step import to_inputs
+from transferlab.step import keeping_barriers, to_inputs
 
 
 def write(cache: Cache, weights: Weights, reads: dict, splits: dict[str, data.Split], *, batch_size: int = 64,
@@ -55,11 +55,7 @@ def write(cache: Cache, weights: Weights, reads: dict, splits: dict[str, data.Sp
       if missing:
         forward.fill(store, wanted, splits[name], view, batch_size, quiet)
   distributed.barrier("features")
-  for store in () if distributed.first() else (store for of_views in found.values() for store in of_views):
-    store.refresh()
-    if store.missing(distinct):
-      raise ValueError(f"{store.path} lacks here what the first process wrote there; give a folder on storage that all "
-                       "processes share")
+  _check_shared([store for of_views in found.values() for store in of_views], distinct)
 
 
 def _size(count: int) -> str:
@@ -77,6 +73,15 @@ def _check_room(folder: str, needed: int) -> None:
   if free < needed:
     raise ValueError(f"{folder} has {_size(free)} free and the activations need {_size(needed)}; free some space, give "
                      "a folder on another disk, or keep them in bfloat16, which halves them")
+
+
+def _check_shared(written: list[Store], distinct: list[Column]) -> None:
+  """Raises `ValueError` in a process that does not find what the first one wrote."""
+  for store in () if distributed.first() else written:
+    store.refresh()
+    if store.missing(distinct):
+      raise ValueError(f"{store.path} lacks here what the first process wrote there; give a folder on storage that all "
+                       "processes share")
 
 
 class _Pass:
@@ -100,7 +105,7 @@ class _Pass:
           visit = chain(drop_path(jax.random.fold_in(jax.random.key(seed), start), rate, weights.spec.depth), visit)
         kept = backbone.apply(params, to_inputs(images, weights.preprocessing), visit, {})[1]
         return {name: value.astype(DTYPES[self.cache.dtype]) for name, value in kept.items()}
-      self.programs[asked] = jax.jit(run)
+      self.programs[asked] = jax.jit(run, **keeping_barriers(backbone))
     return self.programs[asked]
 
   def fill(self, store: Store, wanted: dict[str, Column], split: data.Split, view: int | None, batch_size: int,
