@@ -5,6 +5,8 @@ A property that breaks names the method, the backbone and the property, e.g. tes
 import dataclasses
 import functools
 
+import chex
+import jax
 import pytest
 
 from transferlab import backbones, methods, tree
@@ -384,6 +386,16 @@ def test_property_of_variants_trained(method, name):
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_property_everywhere(backbone, method, name):
   check(method, backbone, name)
+
+
+def test_programs_as_users_compile_them_give_the_same():
+  """The suite has its programs made in a simple way (conftest.py); with XLA's defaults a step gives the same."""
+  lora = case("lora", "vit_tiny_test")
+  step, frozen, batch, mesh = lora.compiled()
+  users = jax.jit(lora.step(lora.method)).lower(lora.run(mesh), frozen, batch).compile(compiler_options={
+      "xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True,
+      "xla_cpu_parallel_codegen_split_count": 32})
+  chex.assert_trees_all_close(users(lora.run(mesh), frozen, batch), step(lora.run(mesh), frozen, batch), atol=1e-6)
 
 
 # --- The table itself: it passes what is right and names what is not ------------------------------------------------

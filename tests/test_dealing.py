@@ -238,7 +238,7 @@ def test_who_waits_says_for_whom(place, tmp_path, capsys, monkeypatch):
 def test_processes_that_are_asked_for_different_sweeps_are_told_so(place, pair):
   for _, out, _ in pair:
     line, = (line for line in out.splitlines() if line.startswith("unlike: process 1 of 2 ("))
-    assert "in its sweep: " in line and "batch_size: 5 -> 6" in line and "lr" not in line
+    assert "in its sweep (" in line and "batch_size: 5 -> 6" in line and "lr" not in line
   assert not (place / "unlike").exists()
 
 

@@ -75,13 +75,13 @@ def test_numbers_that_disagree_are_told_to_all(told, message):
 
 def test_who_is_missing_is_named_and_nobody_waits_for_ever():
   for found in meet((3, 0), (3, 1), timeout=0.5):
-    assert f"process 2 of 3 did not come to process 0 ({HOST}) within 0.5 s; 2 did" in found or (
-        "took the call and gave no start within 0.5 s" in found)  # process 1 may have begun to wait first
+    assert f"process 2 of 3 did not come to process 0 ({HOST}) within 0.5 s; 2 of them are here" in found or (
+        "was reached and gave no start within 0.5 s" in found)  # process 1 may have begun to wait first
   assert re.fullmatch(r"process 0 did not answer at 127.0.0.1:\d+ within 0.3 s \(Connection refused\); start it there, "
                       "check --coordinator, and that no firewall closes the port", meet((2, 1), timeout=0.3)[0])
   with socket.create_server(("127.0.0.1", 0)) as other:  # it takes calls and says nothing
     port = other.getsockname()[1]
-    with pytest.raises(RuntimeError, match="took the call and gave no start within 0.3 s: .* or another program"):
+    with pytest.raises(RuntimeError, match="was reached and gave no start within 0.3 s: .* or another program"):
       rendezvous.meet(f"127.0.0.1:{port}", 2, 1, 0.3)
     with pytest.raises(RuntimeError, match=f"cannot listen on port {port} of .*; another run may be using it"):
       rendezvous.meet(f"127.0.0.1:{port}", 2, 0, 0.3)
@@ -128,7 +128,7 @@ def test_two_processes_work_together_and_end_well(tmp_path):
   (code, _, err), (other_code, _, other_err) = hosts.run(together, str(tmp_path))
   assert (code, other_code) == (0, 0), (err, other_err)
   assert err == f"2 processes x 2 devices (cpu) on {HOST} (2 processes)\n" and not other_err
-  differs = f"process 1 of 2 ({HOST}) differs from process 0 ({HOST}) in its config: "
+  differs = f"process 1 of 2 ({HOST}) differs from process 0 ({HOST}) in its config (0 -> 1): "
   for place in range(2):
     assert json.loads((tmp_path / f"{place}.json").read_text()) == {
         "hosts": [place, 2], "inside": [0, 1], "first": not place, "agreed": {"from": 0, "text": "ü"},
@@ -141,7 +141,8 @@ def test_of_three_the_odd_one_is_named(monkeypatch):
   monkeypatch.setattr(distributed, "hosts", lambda: (1, 3))
   told = [[host, {"lr": lr, "deep": {"x": [1]}}] for host, lr in (("a", 1), ("b", 2), ("c", 2))]
   monkeypatch.setattr(distributed, "meet", lambda *_: told)
-  with pytest.raises(ValueError, match=r"process 0 of 3 \(a\) differs from process 1 \(b\) in its run: lr: 2 -> 1;"):
+  differs = r"process 0 of 3 \(a\) differs from process 1 \(b\) in its run \(1 -> 0\): lr: 2 -> 1;"
+  with pytest.raises(ValueError, match=differs):
     distributed.compare("run", {})
 
 
@@ -224,8 +225,9 @@ def test_the_process_with_another_configuration_is_named(tmp_path):
                 each={1: {"args": ["--config.optim.lr=0.25"]}})
   for code, out, err in ended:
     assert (code, out) == (1, "")
-    assert re.fullmatch(rf"error: process 1 of 2 \({HOST}\) differs from process 0 \({HOST}\) in its run: "
-                        r"recipe.optim.lr: \S+ -> 0.25; give all processes the same", err.splitlines()[-1])
+    assert re.fullmatch(rf"error: process 1 of 2 \({HOST}\) differs from process 0 \({HOST}\) in its command "
+                        r"\(0 -> 1\): --config.optim.lr: None -> '0.25'; give all processes the same",
+                        err.splitlines()[-1])
   assert not (tmp_path / "run").exists()
 
 

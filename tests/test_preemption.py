@@ -259,7 +259,7 @@ def test_processes_that_work_alone_save_and_any_number_takes_it_up(pairs, whole,
 def test_a_folder_that_is_not_shared_names_the_host(pairs):
   for place in range(2):
     said = (pairs[0] / f"blind_{place}").read_text()
-    assert said.startswith("workdir run is not the same folder on host ") and "(process 1) as on" in said
+    assert said.startswith("workdir /") and "(process 1) is not the same folder as /" in said
     assert "storage that all hosts share" in said
 
 

@@ -77,6 +77,18 @@ def test_traffic_is_what_products_read_and_write_and_twice_what_changes():
   assert count(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ b, lambda: 2 * (x @ b)), a) == product
 
 
+def test_traffic_of_a_linear_probe_by_hand(found):
+  """A backbone in bfloat16, and a head, its gradient and AdamW in float32."""
+  B, T, D, M, H = 4, 17, 16, 32, 2
+  product = lambda *sizes: sum(sizes)  # read, read, written
+  patches = product(B * 16 * 16 * 3, 4 * 4 * 3 * D, B * 16 * D)
+  attention = product(B * T * D, B * T * D, B * H * T * T) + product(B * H * T * T, B * T * D, B * T * D)
+  dense = sum(product(B * T * n, n * m, B * T * m) for n, m in ((D, 3 * D), (D, D), (D, M), (M, D)))
+  head = 2 * product(B * D, D * 5, B * 5)
+  run = 3 * (5 * D + 5) + 4  # and four counters
+  assert found["linear", 1, 1].moved == 2 * (patches + 3 * (attention + dense)) + 4 * (head + 2 * run)
+
+
 def test_a_compiler_that_refuses_is_a_row_without_numbers(monkeypatch):
   def refuse(*_, **__):
     raise jax.errors.JaxRuntimeError(said)

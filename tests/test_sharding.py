@@ -55,6 +55,15 @@ def test_kernels_are_split_and_small_leaves_are_whole(family):
   assert plan(SPECS[family], shard=1) == {}
 
 
+@pytest.mark.parametrize("family", SPECS)
+def test_whatever_is_split_is_gathered_where_it_is_used(family):
+  spec, mesh = SPECS[family], devices.make_mesh(4, shard=4)
+  params = backbones.abstract_params(spec)
+  apply = backbones.build(spec, split=(split := sharding.plan(params, mesh))).apply
+  text = str(jax.make_jaxpr(lambda params, inputs: apply(params, inputs)[0])(params, backbones.example(spec, 4)))
+  assert text.count("optimization_barrier") == len(split) > 0
+
+
 def test_the_first_pattern_counts_and_ones_own_come_first():
   found = plan(SPECS["vit"], patterns=((r".*/fc1/kernel", 1), (r".*/fc./kernel", None), ("pos", -1)))
   assert found == {"block_00/fc1/kernel": 1, "block_00/qkv/kernel": 0, "block_00/proj/kernel": 0, "pos": 2}
@@ -149,10 +158,10 @@ LARGEST = 4 * 256 * 1024
 
 
 def test_a_kernel_is_gathered_where_it_is_used_and_let_go():
-  """In the forward and in the backward pass, and in each of the micro-batches: it never pays to keep it."""
+  """In the forward and in the backward pass, and anew in each of the micro-batches."""
   (forward, predict), (both, _), (parts, _) = programs("linear"), programs("lora"), programs("lora", micro_batches=2)
   for step, passes in ((forward, 1), (predict.compile(), 1), (both, 2), (parts, 4)):
-    assert step.memory_analysis().temp_size_in_bytes < 2 * LARGEST + 2**20  # all kernels are 6 * LARGEST
+    assert step.memory_analysis().temp_size_in_bytes < 1.7 * LARGEST  # all kernels are 6 * LARGEST
     first = 4 * 256 * 768 * (passes // 2)  # qkv of the first block: nothing below needs a gradient
     assert collectives(step)["all-gather"] == (KERNELS * passes - first) * 3 / 4
 
@@ -254,18 +263,24 @@ def shared_run(workdir, **changes):
 
 
 def test_processes_share_a_backbone_that_trains(tmp_path):
-  """Four devices of two processes share all of it; one device alone ends with the same adapter."""
+  """Four devices of two processes share all of it; one process with two pairs ends with the same adapter."""
   ended = hosts.run(shared_run, str(tmp_path / "two"))
   assert [code for code, *_ in ended] == [0, 0], ended
-  alone = shared_run("", devices=1, shard=1)
+  alone = shared_run("", devices=4, shard=2)
+  assert {part.data.shape for part in alone.trainable["backbone"]["block_00"]["fc1"]["kernel"].addressable_shards} == {
+      (8, 32)}
   found = load_adapter(tmp_path / "two" / "adapter.safetensors")
   chex.assert_trees_all_close(found.trainable, jax.device_get(alone.trainable), rtol=0, atol=1e-6)
 
 
-def test_evaluation_checkpoints_and_the_cache(tmp_path, tiny_weights, tiny_task):
+def test_a_run_from_the_cache(tmp_path, tiny_weights, tiny_task, monkeypatch):
+  """The pass that fills it and the run share a backbone, and give what one device gives from images."""
   told = recipe(devices=4, shard=2, duration="2 steps", checkpoint_every="1 steps")
   wanted = fit(tiny_weights, "linear", tiny_task, dataclasses.replace(told, shard=1, devices=1), quiet=True)
+  built, build = [], backbones.build
+  monkeypatch.setattr(backbones, "build", lambda *args, **how: built.append(made := build(*args, **how)) or made)
   found = fit(tiny_weights, "linear", tiny_task, told, workdir=tmp_path, features=tmp_path / "cache", quiet=True)
+  assert [len(each.split) for each in built if each.split] == [12, 12]  # the pass's and the run's
   chex.assert_trees_all_close(found.trainable, wanted.trainable, rtol=0, atol=1e-6)
   assert found.result["test"] == pytest.approx(wanted.result["test"], rel=1e-5)
   assert found.result["recipe"]["shard"] == 2 and found.result["devices"] == 4

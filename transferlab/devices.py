@@ -109,9 +109,11 @@ def replicate(tree, mesh: Mesh):
 
 
 def whole(tree):
-  """A pytree of arrays on the devices as numpy arrays, whole in every process; all processes have to call it."""
-  here = all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(tree))
-  return jax.tree.map(np.asarray, jax.device_get(tree) if here else multihost_utils.process_allgather(tree, tiled=True))
+  """A pytree of arrays on the devices as numpy arrays, whole in every process; all processes have to call it. Arrays of
+  the host, which are whole already, stay as they are."""
+  far = lambda leaf: isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+  gather = lambda leaf: multihost_utils.process_allgather(leaf, tiled=True) if far(leaf) else leaf
+  return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(gather, tree)))
 
 
 def cast(frozen: dict, params: dict, dtype) -> dict:
@@ -165,9 +167,8 @@ def put_batch(batch: dict, mesh: Mesh) -> dict:
   sharding = along_batch(mesh)
   if not sharding.is_fully_addressable:
     own = {str(index) for index in sharding.addressable_devices_indices_map((groups(mesh),)).values()}
-    share = groups(mesh) // len(own)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(
-        sharding, x, (len(x) * share, *x.shape[1:])), batch)
+    rows = lambda x: len(x) // len(own) * groups(mesh)  # one process may have more of the groups than another
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x, (rows(x), *x.shape[1:])), batch)
   missing = -len(batch["weight"]) % groups(mesh)
   if missing:
     fill = lambda x: np.concatenate([x, np.repeat(x[-1:], missing, axis=0)])

@@ -95,9 +95,11 @@ def _told(coordinator: str, processes: int, process: int, timeout: float) -> tup
                      "the cluster says it")
   if processes < 1:
     raise ValueError(f"--processes is {processes}; expected their number, 1 or more")
-  if not 0 <= process < processes:
-    raise ValueError(f"--process is {process} of {processes} processes; expected 0 … {processes - 1}")
   rendezvous.address(coordinator)
+  if not 0 <= process < processes:
+    with contextlib.suppress(RuntimeError, ValueError):  # process 0, if it is there, shall not wait for the right one
+      rendezvous.meet(coordinator, processes, max(process, processes), min(timeout, 2.0))
+    raise ValueError(f"--process is {process} of {processes} processes; expected 0 … {processes - 1}")
   return coordinator, processes, process
 
 
@@ -210,4 +212,4 @@ def compare(what: str, facts: dict) -> None:
   for other, (name, found) in enumerate(told):
     if different := config.changes(told[usual][1], found):
       raise ValueError(f"process {other} of {count} ({name}) differs from process {usual} ({told[usual][0]}) in its "
-                       f"{what}: {'; '.join(different[:4])}; give all processes the same")
+                       f"{what} ({usual} -> {other}): {'; '.join(different[:4])}; give all processes the same")

@@ -67,8 +67,8 @@ def _receive(listener: socket.socket, processes: int, timeout: float) -> list[st
         if (connection := _accept(listener, until)) is None:
           missing = [str(place) for place in range(processes) if place not in came]
           raise RuntimeError(f"process{'es'[:2 * (len(missing) > 1)]} {', '.join(missing[:8])} of {processes} did not "
-                             f"come to process 0 ({own}) within {timeout:g} s; {len(came)} did; look at what the "
-                             "missing ones say, or give a longer --connect_timeout")
+                             f"come to process 0 ({own}) within {timeout:g} s; {len(came)} of them are here; look at "
+                             "what the missing ones say, or give a longer --connect_timeout")
         guests.append(stack.enter_context(connection))
         if hello := _line(connection, STRANGER):
           place, host = _checked(hello, processes, came)
@@ -151,7 +151,7 @@ def _ask(host: str, port: int, hello: dict, timeout: float) -> list[str]:
       return [str(name) for name in hosts]
     time.sleep(min(RETRY, max(until - time.monotonic(), 0)))
   if there:
-    raise RuntimeError(f"{where} took the call and gave no start within {timeout:g} s: other processes are missing, or "
+    raise RuntimeError(f"{where} was reached and gave no start within {timeout:g} s: other processes are missing, or "
                        "another program listens there; look at what process 0 says, or give a longer --connect_timeout")
   raise RuntimeError(f"process 0 did not answer at {where} within {timeout:g} s ({reason}); start it there, check "
                      "--coordinator, and that no firewall closes the port")

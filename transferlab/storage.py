@@ -28,13 +28,13 @@ def check_shared(folder, what: str) -> None:
   until = time.monotonic() + PATIENCE
   while not (seen := _seen(token)) and time.monotonic() < until:
     time.sleep(0.05)
-  found = distributed.gather([socket.gethostname(), seen])
+  found = distributed.gather([f"{Path(folder).absolute()} on {socket.gethostname()} (process "
+                              f"{distributed.hosts()[0]})", seen])
   if distributed.first():
     token.unlink(missing_ok=True)
-  if blind := [f"{host} (process {place})" for place, (host, seen) in enumerate(found) if not seen]:
-    raise ValueError(f"{what} {folder} is not the same folder on host {', '.join(blind)} as on {found[0][0]} (process "
-                     "0), which wrote a file there that is not seen; put it on storage that all hosts share, under one "
-                     "absolute path")
+  if blind := [where for where, seen in found if not seen]:
+    raise ValueError(f"{what} {', '.join(blind)} is not the same folder as {found[0][0]}, where a file was written "
+                     "that is not seen there; put it on storage that all hosts share, under one absolute path")
 
 
 def _seen(token: Path) -> bool:
@@ -69,6 +69,6 @@ def lock(folder, what: str, tell):
     tell(f"{what} {folder} is on storage without locks ({error.strerror}): make sure that no other run writes there")
     return None
   file.truncate(0)
-  file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+  file.write(f"a run with process number (pid) {os.getpid()} on {socket.gethostname()}\n")
   file.flush()
   return file

@@ -64,6 +64,8 @@ def fit(weights: Weights, method: str | Method, task: data.Task, recipe: Recipe 
   began = time.monotonic()
   tell = (lambda message: None) if quiet else say
   check_arguments(weights, task, tell)
+  distributed.compare("request", {"recipe": dataclasses.asdict(recipe), "options": options or {},
+                                  "features": bool(features), "workdir": workdir is not None})
   weights = adapted(weights, method if isinstance(method, str) else method.name)
   first = methods.build(method, weights.spec, **(options or {})) if isinstance(method, str) else method
   check_texts(first, weights, task.class_names)

@@ -34,16 +34,17 @@ class Workdir:
     if different := config.changes(found, asked):
       raise ValueError(f"workdir {path} holds a run with another configuration ({'; '.join(different[:4])}); give "
                        "another --workdir, or delete it to start over")
+    storage.check_shared(self.path, "workdir")
 
   def begin(self) -> None:
     """Takes the folder, once everything is known to fit; all processes call this.
 
     Raises:
-      ValueError: another run has it, or not all processes see it.
+      ValueError: another run has it.
     """
     if distributed.first():
       self._take()
-    storage.check_shared(self.path, "workdir")
+    distributed.barrier("the folder is taken")
 
   def _take(self) -> None:
     self.path.mkdir(parents=True, exist_ok=True)

@@ -15,18 +15,20 @@ def features(argv: list[str]) -> None:
                   seed=(0, "of the views"), image_size=(0, "pixels, 0 for the weights' own"),
                   preprocessing=("", "changes to the weights' own, e.g. crop=squash"),
                   logits=(False, "read a ResNet's own classifier too"), batch_size=(64, "images at once"),
+                  shard=(1, "devices that share one copy of the backbone, 0 for all"),
                   bad_images=("error", "error, or skip to leave out images that cannot be read"),
                   download=(False, "fetch a zoo entry"), dry_run=(False, "only print the size"),
                   **DISTRIBUTED)
   parse(values, argv, features)
   required(values, "backbone", "data", "out")
-  join(values)
+  join(values, features)
   from transferlab import data, distributed, experiment, inform, methods
   from transferlab import features as features_lib
   from transferlab.progress import say
-  from transferlab.recipe import Recipe
+  from transferlab.recipe import Recipe, places
   from transferlab.train import readable
-  same = {name: values[name].value for name in ("augmentation", "drop_path", "views", "seed", "bad_images")}
+  same = {name: values[name].value for name in ("augmentation", "drop_path", "views", "seed", "bad_images",
+                                                          "shard")}
   recipe = Recipe(dtype=values.compute, cache_dtype=values.dtype, **same)
   shared = ("backbone", "image_size", "preprocessing", "logits", "download", "method")
   weights = experiment.weights_of(experiment.Experiment(**{name: values[name].value for name in shared}))
@@ -39,5 +41,5 @@ def features(argv: list[str]) -> None:
     task = features_lib.verified(values.out, weights, method.reads, task, recipe)
     task = readable(task, recipe.bad_images, say, quiet=False)
   features_lib.write(features_lib.of_recipe(values.out, recipe), weights, method.reads, task.splits,
-                     batch_size=values.batch_size, dry_run=values.dry_run)
+                     batch_size=values.batch_size, dry_run=values.dry_run, **places(recipe))
   print(values.out)

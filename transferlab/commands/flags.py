@@ -39,9 +39,10 @@ def parse(values: flags.FlagValues, argv: list[str], verb: Callable, files: bool
   return rest
 
 
-def join(values: flags.FlagValues) -> None:
+def join(values: flags.FlagValues, verb: Callable, config: dict[str, str] | None = None) -> None:
   """Joins the processes of a run where --distributed says so; nothing may have touched JAX's devices.
 
+  All have to have been given the same command: the verb, its flags, and the changes of the configuration, `config`.
   Standard output is process 0's alone, as the messages are.
   """
   given = [name for name in DISTRIBUTED if values[name].present]
@@ -56,6 +57,9 @@ def join(values: flags.FlagValues) -> None:
   os.dup2(nowhere.fileno(), descriptor)
   distributed.connect(values.coordinator, values.processes, values.process, values.connect_timeout)
   preemption.listen()
+  own = {f"--{name}": values[name].value for name in values if name not in (*DISTRIBUTED, "help", "h")}
+  distributed.compare("command", {"verb": verb.__name__, **own,
+                                  **{f"--config.{key}": text for key, text in (config or {}).items()}})
   if not distributed.first():
     sys.stdout = nowhere
 

@@ -25,7 +25,7 @@ def sweep(argv: list[str]) -> None:
   from transferlab import grid as grid_lib
   how = {"folds": values.folds, "contiguous": values.contiguous, "seeds": [] if values.nofinal else seeds(values.seeds)}
   grid = grid_lib.parse(values.grid)
-  join(values)
+  join(values, sweep, overrides)
   if values.suite:
     _suite(values, grid, overrides, how)
     return

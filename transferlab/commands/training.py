@@ -20,7 +20,7 @@ def train(argv: list[str]) -> None:
   overrides |= {name: values[name].value for name in ("bad_images", "micro_batch", "data_dir") if values[name].value}
   if overrides.get("micro_batch") == "auto":
     overrides["micro_batch"] = "-1"
-  join(values)
+  join(values, train, overrides)
   if values.suite:
     _train_suite(values, overrides)
     return

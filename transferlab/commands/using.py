@@ -33,7 +33,7 @@ def evaluate(argv: list[str]) -> None:
                   json=(False, "print one JSON object"), **DISTRIBUTED)
   parse(values, argv, evaluate)
   required(values, "data")
-  join(values)
+  join(values, evaluate)
   from transferlab import data, distributed, serve
   from transferlab.evaluate import write_confusion
   task = data.from_string(values.data, values.data_dir)
