@@ -112,6 +112,8 @@ def test_as_few_devices_share_a_backbone_as_a_machine_needs():
   assert [made.shard for made in steps._shared(row(peak=int(20.5e9)), on, compiled)] == [8]  # 14.4 GB of v5e
   assert tried == [8] and not steps._shared(row(peak=int(9e9)), on, compiled)
   assert not steps._shared(row(peak=int(30e9)), on, compiled) and tried == [8]  # nothing helps, and nothing is tried
+  closest = steps._shared(row(peak=int(21.2e9)), on, lambda size: compiled(size)._replace(peak=int(15e9)))
+  assert [made.shard for made in closest] == [8] and tried.pop() == 8
   assert [made.shard for made in steps._shared(row(peak=None), on, compiled)] == [2, 8] and tried == [8, 2, 4, 8]
 
 
@@ -141,7 +143,9 @@ def test_sentences_are_written_from_the_numbers():
                   "v5e (90 of 103 ms); 20.0 GB (float32) do not fit the 14.4 GB of v5e, with shard=4 14.0 GB do.")
   said, = limits([many._replace(peak=int(90e9))], [h100], SETTING, 0.5)
   assert said == ("lora on vit, 64 devices: 90.0 GB (float32) do not fit the 72.0 GB of H100, nor with a shared "
-                  "backbone: fewer images per device, or remat.")
+                  "backbone: fewer images per device.")
+  said, = limits([many._replace(peak=int(90e9)), shared._replace(peak=int(80e9))], [h100], SETTING, 0.5)
+  assert said.endswith("of H100, nor do 80.0 GB with shard=4: fewer images per device.")
   said, = limits([few._replace(moved=1e12)], [h100], SETTING, 0.5)
   assert said.startswith("lora on vit, 1 device: traffic to memory limits on H100 (597 of 599 ms")
   said, = limits([many._replace(peak=None, flops=None), shared], [v5e], SETTING, 0.5)

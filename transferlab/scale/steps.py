@@ -137,7 +137,7 @@ def counted(row: Row, count: int, shard: int, setting: Setting, among=None) -> R
 def rows(pairs: Sequence[tuple[str, str]], counts: Sequence[int], on: Iterable[machines.Machine],
          setting: Setting = Setting(), *, shard: int = 0, quiet: bool = False) -> list[Row]:
   """A row for each backbone, method and number of devices; and where a machine does not hold it, one more with the
-  fewest devices that have to share the backbone, if that helps.
+  fewest devices that have to share the backbone, or with those that come closest.
 
   Args:
     pairs: (backbone, method), see `chosen`.
@@ -174,4 +174,7 @@ def _shared(one: Row, on: Iterable[machines.Machine], compiled: Callable[[int], 
       if size in tried and tried[size].fits(machine):
         kept[size] = tried[size]
         break
+    else:
+      known = [row for row in tried.values() if row.peak is not None and row.shard > 1]
+      kept |= {row.shard: row for row in sorted(known, key=lambda row: row.peak)[:1]}
   return [kept[size] for size in sorted(kept) if size > 1]

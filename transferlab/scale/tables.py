@@ -96,11 +96,14 @@ def _room(group: Sequence[Row], holding: dict[Machine, Row | None], setting: Set
   """What does not fit, and how it would."""
   first, said = group[0], []
   need = "a step does" if first.peak is None else f"{first.peak / 1e9:.1f} GB ({setting.dtype}) do"
+  least = min((row for row in group if row.peak is not None), key=lambda row: row.peak, default=first)
   hope = ", nor with a shared backbone" * (first.shard == 1 < first.devices)
+  if least.shard > first.shard:
+    hope = f", nor do {least.peak / 1e9:.1f} GB with shard={least.shard}"
   for machine, row in holding.items():
     room = f"{need} not fit the {machine.usable / 1e9:.1f} GB of {machine.name}"
     if row is None:
-      said.append(f"{room}{hope}: fewer images per device, or remat")
+      said.append(f"{room}{hope}: fewer images per device")
     elif row.shard > first.shard:
       said.append(f"{room}, with shard={row.shard} {row.peak / 1e9:.1f} GB do")
   return said
