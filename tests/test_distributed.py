@@ -11,14 +11,14 @@ import hosts
 import pytest
 from engine import write_images
 
-from transferlab import distributed, rendezvous, train
+from transferlab import cli, data, distributed, rendezvous, train
 
 HOST = socket.gethostname()
 
 
 # How processes find each other
 
-def meet(*told, timeout=5.0, port=0) -> list:
+def meet(*told, timeout=20.0, port=0) -> list:
   """What each of the processes that were told (number of processes, own number) gets: host names or the error."""
   port = port or hosts.free_port()
   def one(numbers):
@@ -236,12 +236,22 @@ def sizes(tmp_path, **how) -> list[tuple[int, str, str]]:
   return timed(["features", "--backbone=vit_formula64", f"--data=folder:{images}", "--out=cache", "--dry_run"], **how)
 
 
+def one_without_data(images):
+  if not distributed.first():
+    def missing(*_):
+      raise ValueError(f"no {images}")
+    data.from_string = missing
+  cli.main(["transferlab", "features", "--backbone=vit_formula64", f"--data=folder:{images}", "--out=cache",
+            "--dry_run"])
+
+
 def test_what_a_user_can_mend_in_one_process_is_a_line_in_all(tmp_path):
-  (code, out, err), (other_code, _, other_err) = sizes(tmp_path, each={1: {"args": ["--method=linaer"]}})
-  assert (code, other_code, out) == (1, 1, "")
+  images = str(write_images(tmp_path / "images", count=3))
+  (code, _, err), (other_code, _, other_err) = hosts.run(one_without_data, images)
+  assert (code, other_code) == (1, 1)
   assert len(err.splitlines()) == 2 and len(other_err.splitlines()) == 1
-  assert re.match(rf"error: process 1 of 2 \({HOST}\) failed: .*linaer", err.splitlines()[-1])
-  assert re.match(rf"error: process 1 of 2 \({HOST}\): .*linaer", other_err)
+  assert err.splitlines()[-1] == f"error: process 1 of 2 ({HOST}) failed: no {images}"
+  assert other_err == f"error: process 1 of 2 ({HOST}): no {images}\n"
 
 
 def test_standard_output_is_that_of_the_first_process(tmp_path):

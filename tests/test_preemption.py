@@ -355,7 +355,8 @@ def test_a_workdir_has_one_run_at_a_time(tmp_path):
   first, second = (Workdir(tmp_path / "run", {"a": 1}) for _ in range(2))
   first.begin()
   first.begin()  # of its next stage
-  with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on .*give another --workdir"):
+  holder = rf"a run with process number \(pid\) {os.getpid()} on "
+  with pytest.raises(ValueError, match=f"in use by {holder}.*give another --workdir"):
     second.begin()
   first.close()
   second.begin()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from rich.markup import escape
 from rich.table import Table
 
-from transferlab import distributed, storage
+from transferlab import distributed
 from transferlab.files import atomic, write_json
 from transferlab.progress import show_table
 from transferlab.workdir import Workdir
@@ -111,7 +111,6 @@ class Ledger:
         for left_over in self.folder.path.glob(f".{name}.*"):  # of a write that was killed
           left_over.unlink()
       write_json(self.folder.path / "config.json", self.folder.asked)
-    storage.check_shared(self.folder.path, "workdir")
 
   def add(self, rows: Sequence[dict]) -> None:
     """Appends rows, all or none of them."""
