@@ -110,7 +110,7 @@ def kept(folder, name: str) -> features.Cache:
 
 def in_each(folder: str) -> None:
   place, _ = distributed.hosts()
-  found = {"counted": {size: counted(size, None) for size in SIZES}, "judged": judged(folder),
+  found = {"counted": {size: counted(size, None) for size in SIZES}, "uneven": counted(10, 3), "judged": judged(folder),
            "skip": check(folder, "skip"), "error": check(folder, "error")}
   kept(folder, "together")
   with distributed.alone():
@@ -163,6 +163,11 @@ def test_every_example_counts_once(two, size):
   for found in (counted(size, 4), *(each["counted"][str(size)] for each in two)):
     close(found, wanted, 1e-5)
     assert found["confusion"] == wanted["confusion"] and found["labels"] == wanted["labels"]
+
+
+def test_processes_may_have_unequal_shares_of_a_batch(two):
+  for found in two:
+    close(found["uneven"], counted(10, 1), 1e-5)
 
 
 def test_a_classifier_is_evaluated_by_two_processes(folder, two):
