@@ -126,7 +126,7 @@ def compile_step(step, run, *others, remat: bool = False):
     options["xla_disable_hlo_passes"] = "cse_barrier_expander"
     if not all(place.is_fully_replicated for place in jax.tree.leaves(places)):
       # It joins the sums of all gradients over the devices, so that those of a divided backbone would all be whole at
-      # the same time. Accelerators' compilers scatter such a sum, at half of what is moved here.
+      # the same time. (A compiler may scatter such sums instead, at half of what is moved; that for the CPU does not.)
       options["xla_disable_hlo_passes"] += ",cpu-all-reduce-combiner"
     if remat:  # the default scheduler ignores memory, and rematerialisation then saves none
       options["xla_cpu_scheduler_type"] = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
