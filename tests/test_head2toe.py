@@ -17,7 +17,7 @@ from transferlab.backbones.spec import Preprocessing
 from transferlab.backbones.vit import ignore
 from transferlab.checkpoint import load_adapter
 from transferlab.method import Context, Outputs, collect, forward, predict, record, stages
-from transferlab.methods.head2toe import layout_of
+from transferlab.methods.head2toe import layout_of, share_of_batch
 from transferlab.methods.head2toe_features import (Layout, average, count_of, pool, score, select, standardise, unit,
                                                    unit_per_layer)
 from transferlab.optim import Optim, make_optimiser, schedule
@@ -426,3 +426,12 @@ def test_run_of_head2toe(tiny, golden):
   close(last["classifier"]["kernel"], wanted["final_kernel_end"][place], 1e-4)
   close(last["classifier"]["bias"], wanted["final_bias_end"], 1e-4)
   check_query(final, last, state, arrays, frozen, wanted)
+
+
+def test_rows_that_devices_fill_up_are_no_part_of_the_nominal_batch():
+  """With compat="paper" a loss is over the nominal batch: ten rows of twelve on four devices are all of it, and ten of
+  twelve of an epoch's last batch are not."""
+  weight = jnp.asarray([1.0] * 10 + [0.0] * 2)
+  share = lambda rows: share_of_batch({"compat": "paper"}, Context({"weight": weight}, rows=rows))
+  assert share(10) == 1 and np.isclose(share(12), 10 / 12) and np.isclose(share(None), 10 / 12)
+  assert share_of_batch({"compat": ""}, Context({"weight": weight}, rows=10)) == 1

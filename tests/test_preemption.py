@@ -351,6 +351,16 @@ def test_kill_at_random_moments(tmp_path):
 
 # --- Workdirs ------------------------------------------------------------------------------------------------------
 
+def test_a_run_goes_on_on_other_devices(tmp_path):
+  asked = lambda **changes: {"recipe": {"devices": 1, "shard": 1, "seed": 0, **changes}}
+  for changes in ({}, {"devices": 4, "shard": 2}):
+    folder = Workdir(tmp_path / "run", asked(**changes))
+    folder.begin()
+    folder.close()
+  with pytest.raises(ValueError, match="another configuration \\(recipe.seed: 0 -> 1\\); give"):
+    Workdir(tmp_path / "run", asked(devices=2, seed=1))
+
+
 def test_a_workdir_has_one_run_at_a_time(tmp_path):
   first, second = (Workdir(tmp_path / "run", {"a": 1}) for _ in range(2))
   first.begin()

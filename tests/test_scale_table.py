@@ -140,7 +140,7 @@ def test_sentences_are_written_from_the_numbers():
   shared = row(devices=64, shard=4, peak=int(14e9), received={"all-gather": int(9e9)})
   said, = limits([few, many, shared], [h100, v5e], SETTING, 0.5)
   assert said == ("lora on vit, 64 devices: arithmetic limits on H100 (2.02 of 2.62 ms, links 0.2%); links limit on "
-                  "v5e (90 of 103 ms); 20.0 GB (float32) do not fit the 14.4 GB of v5e, with shard=4 14.0 GB do.")
+                  "v5e (180 of 193 ms); 20.0 GB (float32) do not fit the 14.4 GB of v5e, with shard=4 14.0 GB do.")
   said, = limits([many._replace(peak=int(90e9))], [h100], SETTING, 0.5)
   assert said == ("lora on vit, 64 devices: 90.0 GB (float32) do not fit the 72.0 GB of H100, nor with a shared "
                   "backbone: fewer images per device.")

@@ -20,7 +20,8 @@ def make_mesh(count: int | None = None, heads: int = 1, shard: int = 1, among=No
   Groups of `heads` devices, which has to divide their number, share out parallel heads, and groups of `shard` of these
   a frozen backbone; all groups share out the batch.
   """
-  devices = among or (jax.devices() if distributed.hosts()[1] > 1 else jax.local_devices())
+  own = jax.devices() if distributed.hosts()[1] > 1 else jax.local_devices()
+  devices = among or sorted(own, key=lambda device: device.process_index)  # a process's rows are next to each other
   if count is not None and not 1 <= count <= len(devices):
     raise ValueError(f"{count} devices asked for and {len(devices)} found; use devices=1 … {len(devices)}")
   count = len(devices) if count is None else count

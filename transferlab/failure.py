@@ -21,7 +21,7 @@ import jax
 
 LOOK = 1.0  # seconds between looks whether another process has failed
 FAREWELL = 5.0  # seconds that process 0, which holds the store, stays for the others to look
-PART = 30.0  # seconds within which processes that end with a status all have to do so
+PART = 100.0  # seconds within which processes that end with a status all have to do so
 EVER = 7 * 24 * 3600  # seconds that a process that has done its part waits for the others
 REASON, SEEN, END = "transferlab/failed", "transferlab/seen", "transferlab/end"
 LOST = re.compile(r"Connection (reset|closed)|Socket closed|Broken pipe|remote process|heartbeat", re.IGNORECASE)

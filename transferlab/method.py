@@ -49,6 +49,7 @@ class Context(NamedTuple):
     train: whether this is a training step.
     vary: values of those options, see `Method.varies`, that parallel heads do not share.
     domains: number of domains that are trained on, 1 without domains; None where it is not known.
+    rows: of the batch before devices filled it up; None where it is not known.
   """
   batch: dict = {}
   state: dict = {}
@@ -58,6 +59,7 @@ class Context(NamedTuple):
   train: bool = False
   vary: dict = {}
   domains: int | None = None
+  rows: float | None = None
 
 
 class Outputs(NamedTuple):

@@ -70,6 +70,11 @@ class Checkpoints:
     if self.last is None:
       return None
     source = self.folder / str(self.last)
+    if jax.process_count() > distributed.hosts()[1] and not (source / ALONE).exists():
+      # orbax waits in it for all processes of JAX, the others of which do something else.
+      raise ValueError(f"the checkpoint of step {self.last} in {self.folder} is not of a process that worked alone "
+                       "among others, as this one does; run the same command as one process, which takes it up, or "
+                       "delete that folder to train this run from the start")
     try:
       if (source / ALONE).exists():
         return self.last, *_read_alone(source, like)

@@ -96,7 +96,8 @@ class Stage:
     def compiled(micro_batches: int):
       step = make_step(self.method, self.backbone, self.optimiser, self.preprocessing, self.num_classes,
                        seed=recipe.seed, drop_path=recipe.drop_path, remat=recipe.remat, micro_batches=micro_batches,
-                       class_weights=class_weights, domains=self.task.splits["train"].domain_count)
+                       class_weights=class_weights, domains=self.task.splits["train"].domain_count,
+                       rows=self.loader.rows_per_step)
       return compile_step(step, self.run, self.frozen, batch, remat=recipe.remat)
     rows = len(batch["weight"])
     if not self.index and (said := devices.padding(self.loader.rows_per_step, self.mesh)):

@@ -47,7 +47,8 @@ def inputs_of(batch: dict, preprocessing: Preprocessing):
 
 def make_step(method: Method, backbone: Backbone, optimiser: optax.GradientTransformation, preprocessing: Preprocessing,
               num_classes: int, *, seed: int = 0, drop_path: float = 0.0, remat: bool = False,
-              micro_batches: int = 1, class_weights=None, vary: dict | None = None, domains: int | None = None):
+              micro_batches: int = 1, class_weights=None, vary: dict | None = None, domains: int | None = None,
+              rows: int | None = None):
   """The step (run, frozen, batch) -> (run, {"loss", "grad_norm"}), to be jitted with `compile_step`.
 
   Args:
@@ -58,6 +59,7 @@ def make_step(method: Method, backbone: Backbone, optimiser: optax.GradientTrans
     class_weights: [C] or None; examples count by the weight of their class, mixed ones by the weights of theirs.
     vary: {option: number}, what this head does not share with those beside it, see `Method.varies`.
     domains: number of domains that are trained on, if it is known.
+    rows: of a batch before devices fill it up, if it is known.
 
   The batch holds image [B, S, S, 3] on 0 … 255, or cached activations {slot: [B, …]}, for which no backbone is needed;
   label [B], weight [B], and soft_label [B, C] if labels are mixed.
@@ -72,7 +74,7 @@ def make_step(method: Method, backbone: Backbone, optimiser: optax.GradientTrans
 
   def loss(trainable, state, frozen, batch, rng):
     context = Context({**batch, "target": losses.targets(batch, num_classes)}, state, frozen, {}, rng, True,
-                      vary or {}, domains)
+                      vary or {}, domains, rows and rows / micro_batches)
     outputs = forward(method, backbone, trainable, inputs_of(batch, preprocessing), context,
                       drop_path_rate=drop_path, remat=remat)
     return method.loss(trainable, outputs, context)

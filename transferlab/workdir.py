@@ -9,6 +9,9 @@ from transferlab.files import atomic, write_json
 from transferlab.progress import say
 
 
+PLACES = ("recipe.devices:", "recipe.shard:", "recipe.shard_patterns:")  # where a run computes is no part of what it is
+
+
 class Workdir:
   """A run's folder. It belongs to one configuration; another one is refused with the differences.
 
@@ -31,7 +34,7 @@ class Workdir:
       found = None
     if not isinstance(found, dict):
       raise ValueError(f"workdir {path} has a config.json that no run wrote; give another --workdir")
-    if different := config.changes(found, asked):
+    if different := [change for change in config.changes(found, asked) if not change.startswith(PLACES)]:
       raise ValueError(f"workdir {path} holds a run with another configuration ({'; '.join(different[:4])}); give "
                        "another --workdir, or delete it to start over")
     storage.check_shared(self.path, "workdir")

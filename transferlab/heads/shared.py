@@ -103,7 +103,8 @@ class Shared:
     step = make_heads_step(
         method, self.backbone, recipe.optim, self.weights.preprocessing, self.num_classes, self.sharding,
         drop_path=recipe.drop_path, remat=recipe.remat, micro_batches=parts,
-        domains=self.task.splits["train"].domain_count)
+        domains=self.task.splits["train"].domain_count,
+        rows=self.loader.rows_per_step)
     shapes = run_shapes(method, self.weights.params, self.num_classes, recipe.optim, size)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding), shapes)
     return compile_step(step, shapes, self.settings([lane.head] * size), self.frozen_of(method), self.first,

@@ -55,10 +55,11 @@ def _glorot(rng, features: int, num_classes: int) -> dict:
   return {"kernel": kernel, "bias": jnp.zeros(num_classes)}
 
 
-def _share(options: dict, ctx):
+def share_of_batch(options: dict, ctx):
   """What a batch's loss is multiplied by. The code divides sums over b examples, b times the penalty among them, by the
   nominal batch size."""
-  return jnp.mean(ctx.batch["weight"] > 0) if options["compat"] == "paper" else 1
+  real = jnp.sum(ctx.batch["weight"] > 0)
+  return real / (ctx.rows or len(ctx.batch["weight"])) if options["compat"] == "paper" else 1
 
 
 def _on_all(spec, name: str, options: dict, source: Reader, penalty: str) -> Method:
@@ -78,7 +79,7 @@ def _on_all(spec, name: str, options: dict, source: Reader, penalty: str) -> Met
     coefficient = ctx.vary.get("coefficient", options["coefficient"])
     value = losses.cross_entropy(outputs.logits, ctx.batch)
     value += coefficient * losses.PENALTIES[penalty](trainable["classifier"]["kernel"])
-    return value * _share(options, ctx)
+    return value * share_of_batch(options, ctx)
 
   return Method(
       name=name, options=options, reads=source.reads, writes_from=spec.depth, loss=loss, varies=("coefficient",),
@@ -111,7 +112,7 @@ def on_selected(spec, name: str, options: dict, source: Reader, kept) -> Method:
 
   def loss(trainable, outputs, ctx):
     each = outputs.carry.values() if several else (outputs.logits,)
-    return sum(losses.cross_entropy(logits, ctx.batch) for logits in each) * _share(options, ctx)
+    return sum(losses.cross_entropy(logits, ctx.batch) for logits in each) * share_of_batch(options, ctx)
 
   def of_member(member):
     return {"fraction": float(member)}

@@ -42,16 +42,18 @@ class Machine(NamedTuple):
 
 
 # Links are half of what is published for both directions. Rings over nodes of eight GPUs pass from node to node by all
-# their network cards, eight of 50 GB/s (H100) or 25 GB/s (A100), so that these together are the rate of the rings.
+# their network cards, eight of 50 GB/s (H100) or 25 GB/s (A100), so that these together are the rate of the rings. A
+# TPU slice that is no full torus, less than 16 x 16 chips (v5e) or 4 x 4 x 4 (v5p), is taken to use half its links.
 MACHINES = {
     "h100": Machine("H100", "SXM, 80 GB, nodes of 8", 989e12, 80e9, 3.35e12, ((8, 450e9), (math.inf, 400e9)),
                     "NVIDIA's H100 datasheet (NVLink 900 GB/s) and DGX H100 (8 x 400 Gb/s InfiniBand)"),
     "a100": Machine("A100", "SXM, 80 GB, nodes of 8", 312e12, 80e9, 2.039e12, ((8, 300e9), (math.inf, 200e9)),
                     "NVIDIA's A100 datasheet (NVLink 600 GB/s) and DGX A100 (8 x 200 Gb/s InfiniBand)"),
-    "v5e": Machine("v5e", "TPU, 16 GB, a pod of 256", 197e12, 16e9, 819e9, ((256, 200e9), (math.inf, 3.125e9)),
+    "v5e": Machine("v5e", "TPU, 16 GB, a pod of 256", 197e12, 16e9, 819e9,
+                   ((128, 100e9), (256, 200e9), (math.inf, 3.125e9)),
                    "Cloud TPU documentation of v5e (interconnect 400 GB/s; a pod's network 6.4 Tb/s)"),
     "v5p": Machine("v5p", "TPU, 95 GiB, a pod of 8960", 459e12, 95 * 2**30, 2.765e12,
-                   ((8960, 600e9), (math.inf, 6.25e9)),
+                   ((63, 300e9), (8960, 600e9), (math.inf, 6.25e9)),
                    "Cloud TPU documentation of v5p (interconnect 1200 GB/s; a chip's network 50 Gb/s)")}
 
 

@@ -36,7 +36,8 @@ def _counts(rows: Sequence[Row], setting: Setting) -> Table:
              "reduced, gathered, exchanged: MB (10^6 bytes) that a device receives in a step, by ring algorithms",
              "traffic: what matrix products read and write in memory, backbones in bfloat16"]
   if not setting.slice:
-    remarks.append("peak and what is gathered are float32's; in bfloat16 an accelerator needs down to half of either")
+    remarks.append("peak and what is gathered are float32's; in bfloat16 an accelerator needs down to half of either, "
+                   "and may scatter the gradients of a shared backbone that trains, for half of what is reduced")
   if any(row.flops is None for row in rows):
     remarks.append("rows without numbers: the compiler finds that the step does not fit")
   header = ["backbone", "method", "devices", "shard", "trained (M)", "reduced", "gathered", "exchanged", "peak (GB)",
