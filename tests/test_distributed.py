@@ -44,13 +44,24 @@ def call(port: int, text: bytes) -> None:
 
 
 def test_processes_meet_whatever_else_calls_at_the_port():
-  port, gone = hosts.free_port(), {"process": 1, "processes": 3, "host": "elsewhere"}
+  port = hosts.free_port()
   with ThreadPoolExecutor(1) as pool:
     first = pool.submit(meet, (3, 0), port=port, timeout=20)
-    for text in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"process', b"[1]\n", json.dumps(gone).encode() + b"\n"):
-      call(port, text)  # the last is a process that leaves, and comes again
+    for text in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"process', b"[1]\n"):
+      call(port, text)
     assert meet((3, 1), (3, 2), port=port) == [[HOST] * 3] * 2
   assert first.result() == [[HOST] * 3]
+
+
+def test_a_process_that_has_left_may_come_again():
+  ours, theirs = socket.socketpair()
+  hello, came = {"process": 1, "processes": 3, "host": "b"}, {0: (None, "a"), 1: (ours, "elsewhere")}
+  with ours, theirs, pytest.raises(ValueError, match="two processes were told that they are process 1 of 3"):
+    rendezvous._checked(hello, 3, came)
+  ours, theirs = socket.socketpair()
+  theirs.close()
+  with ours:
+    assert rendezvous._checked(hello, 3, {**came, 1: (ours, "elsewhere")}) == (1, "b")
 
 
 def test_nobody_starts_with_a_process_that_has_left():
